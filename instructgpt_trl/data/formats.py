@@ -1,0 +1,397 @@
+"""Rows: which columns each stage reads, how they are loaded, checked and turned into token ids.
+
+Every stage takes its rows through this file, so that the reward model, the policy and the scorer see the same ids.
+A mistake in the input raises [`InputError`] with one line: where it is, what was expected, and the fix.
+"""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from transformers import PreTrainedTokenizerBase
+from trl import extract_prompt, pack_dataset
+
+# Required columns of each kind of row (design: rows). `chosen`/`rejected` rows are read as rankings with K = 2.
+KINDS: dict[str, tuple[str, ...]] = {
+    "demonstration": ("prompt", "completion"),
+    "ranking": ("prompt", "completions", "ranks"),
+    "prompt": ("prompt",),
+    "pretraining": ("text",),
+}
+
+Text = str | list[dict[str, str]]  # a string, or a conversation: [{"role": ..., "content": ...}, ...]
+
+
+class InputError(ValueError):
+    """A mistake in what the user passed in. The message is one line: where, what was expected, what to do."""
+
+
+def load_rows(source: str, kind: str, split: str = "train") -> Dataset:
+    """
+    Load and check the rows of one kind.
+
+    Args:
+        source (`str`):
+            A `.jsonl`, `.json`, `.csv`, `.parquet` or `.txt` file (one text a line, kind `"pretraining"` only), a
+            folder written by `Dataset.save_to_disk`, or the id of a dataset on the hub.
+        kind (`str`):
+            `"demonstration"`, `"ranking"`, `"prompt"` or `"pretraining"`.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split to take, for a hub id.
+
+    Returns:
+        `Dataset` with the columns of `kind` (see `KINDS`) and whatever other columns the rows have.
+
+    Raises:
+        [`InputError`]: the file, row and column that is wrong, what was expected and the fix.
+    """
+    path = Path(source)
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        return check_rows(load_from_disk(source), kind, source)
+    if not path.exists():
+        if suffix in {".jsonl", ".json", ".csv", ".parquet", ".txt"}:
+            raise InputError(f"{source}: no such file; check the path (working directory: {os.getcwd()})")
+        try:
+            return check_rows(load_dataset(source, split=split), kind, source)
+        except InputError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(f"{source}: neither a file, a folder nor a hub dataset with a split '{split}': {reason}")
+    if suffix == ".txt":
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows = [{"text": line.strip()} for line in lines if line.strip()]
+        return check_rows(_from_list(rows, source), kind, source)
+    if suffix in {".jsonl", ".json"}:
+        # Read line by line, so that a wrong row is named by its line and not by a column type of the whole file
+        rows, places = _read_json(path)
+        rows = [check_row(row, kind, place) for row, place in zip(rows, places, strict=True)]
+        return _from_list(rows, source)
+    if suffix in {".csv", ".parquet"}:
+        dataset = load_dataset(suffix[1:], data_files=source, split="train")
+        return check_rows(dataset, kind, source)
+    raise InputError(f"{source}: unknown file type '{suffix}'; use .jsonl, .json, .csv, .parquet or .txt")
+
+
+def check_rows(dataset: Dataset | IterableDataset, kind: str, source: str = "dataset") -> Dataset | IterableDataset:
+    """
+    Check every row of `dataset` against its kind. Rankings come back with `prompt`, `completions` and `ranks`, whatever
+    they came as (`chosen`/`rejected`, or lists written as JSON text in a CSV). An `IterableDataset` is checked while it
+    is read.
+
+    Raises:
+        [`InputError`]: the first wrong row, what was expected and the fix; or the dataset is empty.
+    """
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(lambda row, index: check_row(row, kind, f"{source}, row {index}"), with_indices=True)
+    if len(dataset) == 0:
+        raise InputError(f"{source}: no rows; expected rows of kind '{kind}' ({', '.join(KINDS[kind])})")
+    checked = (check_row(row, kind, f"{source}, row {index}") for index, row in enumerate(dataset))
+    if kind != "ranking" or set(KINDS["ranking"]) <= set(dataset.column_names) and _has_lists(dataset):
+        for _ in checked:  # nothing to convert: keep the dataset as it is
+            pass
+        return dataset
+    return Dataset.from_list(list(checked))
+
+
+def check_row(row: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
+    """
+    Check one row of `kind`, named `where` in messages, and return it (a ranking in its one form).
+
+    Raises:
+        [`InputError`]: what is wrong with the row, what was expected and the fix.
+    """
+    if kind not in KINDS:
+        raise InputError(f"unknown kind of rows '{kind}'; expected one of {', '.join(KINDS)}")
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected an object with {_columns(kind)}, got {type(row).__name__}")
+    if kind == "ranking":
+        row = _as_ranking(row, where)
+    for column in KINDS[kind]:
+        if row.get(column) is None:
+            hint = " or chosen, rejected" if kind == "ranking" else ""
+            raise InputError(
+                f"{where}: column '{column}' is missing; expected {_columns(kind)}{hint}, "
+                f"found {', '.join(key for key, value in row.items() if value is not None) or 'none'}; add it"
+            )
+    if "prompt" in KINDS[kind]:
+        # chosen/rejected rows may hold the prompt inside both texts; their prompt is then the empty string
+        _check_text(row["prompt"], f"{where}, column 'prompt'", allow_empty=kind == "ranking")
+    if kind == "demonstration":
+        _check_text(row["completion"], f"{where}, column 'completion'")
+    if kind == "pretraining":
+        _check_text(row["text"], f"{where}, column 'text'", conversation=False)
+    if kind == "ranking":
+        _check_ranking(row, where)
+    return row
+
+
+def _as_ranking(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """A ranking row from `chosen`/`rejected`, or from lists written as JSON text; other rows as they are."""
+    if row.get("completions") is None and row.get("chosen") is not None and row.get("rejected") is not None:
+        if row.get("prompt") is None and isinstance(row["chosen"], list):
+            row = extract_prompt(row)
+        rest = {key: value for key, value in row.items() if key not in ("prompt", "chosen", "rejected")}
+        prompt = "" if row.get("prompt") is None else row["prompt"]
+        return {"prompt": prompt, "completions": [row["chosen"], row["rejected"]], "ranks": [1, 2], **rest}
+    parsed = dict(row)
+    for column in ("completions", "ranks"):
+        if isinstance(row.get(column), str):
+            try:
+                parsed[column] = json.loads(row[column])
+            except json.JSONDecodeError:
+                raise InputError(
+                    f"{where}, column '{column}': expected a list, got the text {row[column][:40]!r}; "
+                    f"write a JSON list"
+                ) from None
+    return parsed
+
+
+def _check_ranking(row: dict[str, Any], where: str) -> None:
+    completions, ranks = row["completions"], row["ranks"]
+    if not isinstance(completions, list) or len(completions) < 2:
+        got = f"{len(completions)}" if isinstance(completions, list) else type(completions).__name__
+        raise InputError(
+            f"{where}, column 'completions': expected a list of K >= 2 completions, got {got}; "
+            f"add completions or drop the row"
+        )
+    for k, completion in enumerate(completions):
+        _check_text(completion, f"{where}, completion {k}")
+    if not isinstance(ranks, list) or len(ranks) != len(completions):
+        got = f"{len(ranks)}" if isinstance(ranks, list) else type(ranks).__name__
+        raise InputError(
+            f"{where}, column 'ranks': expected a list of {len(completions)} ranks, one a completion, got {got}; "
+            f"give every completion its rank (1 is best, equal ranks tie)"
+        )
+    for k, rank in enumerate(ranks):
+        number = isinstance(rank, int | float) and not isinstance(rank, bool) and math.isfinite(rank)
+        if not number or rank != int(rank) or rank < 1:
+            raise InputError(
+                f"{where}, rank {k}: expected an integer >= 1 (1 is best, equal ranks tie), got {rank!r}; "
+                f"correct the rank or drop the completion"
+            )
+
+
+def _check_text(value: Any, where: str, allow_empty: bool = False, conversation: bool = True) -> None:
+    if isinstance(value, str):
+        if not value.strip() and not allow_empty:
+            raise InputError(f"{where}: the text is empty; expected some text; fill it in or drop the row")
+        return
+    expected = "a string" + (" or a conversation [{'role': ..., 'content': ...}, ...]" if conversation else "")
+    if not conversation or not isinstance(value, list):
+        raise InputError(f"{where}: expected {expected}, got {type(value).__name__} {str(value)[:40]!r}; correct it")
+    if not value and not allow_empty:
+        raise InputError(f"{where}: the conversation is empty; expected at least one message; drop the row")
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or not message.get("role"):
+            raise InputError(f"{where}: expected {expected}, got the message {str(message)[:60]!r}; correct it")
+        if not message["content"].strip() and message["role"] == "assistant":
+            raise InputError(f"{where}: an assistant message is empty; expected some text; fill it in or drop the row")
+
+
+def _columns(kind: str) -> str:
+    return "columns " + ", ".join(KINDS[kind])
+
+
+def _has_lists(dataset: Dataset) -> bool:
+    return all(isinstance(dataset[0][column], list) for column in ("completions", "ranks"))
+
+
+def _from_list(rows: list[dict[str, Any]], source: str) -> Dataset:
+    if not rows:
+        raise InputError(f"{source}: no rows; expected at least one")
+    try:
+        return Dataset.from_list(rows)
+    except Exception as error:  # pyarrow: a column that is text in one row and a conversation in another
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{source}: rows of different types cannot be mixed in one file ({reason}); make them alike")
+
+
+def _read_json(path: Path) -> tuple[list[Any], list[str]]:
+    """Rows of a JSON or JSON Lines file, and the place of each ("FILE, row N", from 1 as an editor counts lines)."""
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}: not valid JSON: {error}") from None
+        return rows, [f"{path}, row {n}" for n in range(1, len(rows) + 1)]
+    rows, places = [], []
+    for n, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{path}, row {n}: not valid JSON ({error.msg}, column {error.colno}); correct it"
+            ) from None
+        places.append(f"{path}, row {n}")
+    return rows, places
+
+
+def as_conversations(dataset: Dataset) -> Dataset:
+    """Turn plain-text prompts and completions into conversations of a user and an assistant message, for chat models."""
+
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        if isinstance(row["prompt"], str):
+            out["prompt"] = [{"role": "user", "content": row["prompt"]}]
+        if isinstance(row.get("completion"), str):
+            out["completion"] = [{"role": "assistant", "content": row["completion"]}]
+        if row.get("completions") and isinstance(row["completions"][0], str):
+            out["completions"] = [[{"role": "assistant", "content": text}] for text in row["completions"]]
+        return out
+
+    rows = [{**row, **convert(row)} for row in dataset]
+    return Dataset.from_list(rows)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text, **template_kwargs: Any) -> list[int]:
+    """
+    Token ids of a prompt, as generation, reward-model training, PPO and scoring all see it: a string with the
+    tokenizer's own special tokens, a conversation through the chat template with the generation prompt.
+    """
+    if isinstance(prompt, str):
+        ids = list(tokenizer(prompt)["input_ids"])
+        # Some tokenizers end every text with EOS; a prompt goes on
+        if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
+            ids.pop()
+        return ids
+    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **template_kwargs)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def encode_completion(
+    tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text, **template_kwargs: Any
+) -> list[int]:
+    """
+    Token ids of a completion, encoded apart from its prompt and ending at EOS; what a chat template puts after the
+    last EOS is cut, since the policy stops there.
+
+    Raises:
+        [`InputError`]: the tokenizer has no EOS token, or the template rewrites the prompt once an answer follows.
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise InputError("the tokenizer has no EOS token; set tokenizer.eos_token before training")
+    if isinstance(prompt, str):
+        ids = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+        return ids if ids and ids[-1] == eos else [*ids, eos]
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **template_kwargs)
+    whole = tokenizer.apply_chat_template(prompt + completion, tokenize=False, **template_kwargs)
+    if not whole.startswith(before):
+        raise InputError(
+            "the chat template renders the prompt differently once an answer follows it, so prompt and completion "
+            "cannot be encoded apart; use a template that only appends"
+        )
+    ids = list(tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"])
+    if eos in ids:
+        return ids[: len(ids) - ids[::-1].index(eos)]
+    return [*ids, eos]
+
+
+def pack_texts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
+    """
+    Blocks of `length` token ids for the pretraining loss: the rows' texts, each followed by EOS, joined and cut, as in
+    pretraining. The last block of every thousand rows may be shorter.
+
+    Args:
+        dataset (`Dataset`): rows of kind `"pretraining"`.
+        tokenizer (`PreTrainedTokenizerBase`): tokenizer of the policy.
+        length (`int`): tokens a block.
+
+    Returns:
+        `Dataset` with the one column `input_ids`.
+    """
+
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        return {"input_ids": [*tokenizer(row["text"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]}
+
+    encoded = dataset.map(encode, remove_columns=dataset.column_names, desc="Tokenizing pretraining texts")
+    packed = pack_dataset(encoded, length, strategy="wrapped", map_kwargs={"desc": "Packing pretraining texts"})
+    return packed.filter(lambda row: len(row["input_ids"]) >= 2, desc="Dropping one-token blocks")
+
+
+def split_by_length(
+    lengths: list[int], limit: int | None, what: str, names: Callable[[int], str] = str
+) -> tuple[list[int], str | None]:
+    """
+    Indices of `lengths` within `limit`, and a one-line report of the others (`None` if there are none), so that
+    nothing is dropped silently.
+    """
+    if limit is None:
+        return list(range(len(lengths))), None
+    keep = [index for index, length in enumerate(lengths) if length <= limit]
+    dropped = [index for index, length in enumerate(lengths) if length > limit]
+    if not dropped:
+        return keep, None
+    return keep, f"{len(dropped)} of {len(lengths)} {what} over {limit} tokens dropped: rows {listed(dropped, names)}"
+
+
+def listed(indices: list[int], names: Callable[[int], str] = str, most: int = 20) -> str:
+    """`"3, 7, 9 and 12 more"`: the first `most` of `indices` by name."""
+    shown = ", ".join(names(index) for index in indices[:most])
+    return shown if len(indices) <= most else f"{shown} and {len(indices) - most} more"
+
+
+def check_tokenizers(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, names: tuple[str, str]) -> None:
+    """
+    Refuse two tokenizers that do not agree on vocabulary, special token ids and chat template, and say in what they
+    differ. Policy and reward model exchange token ids, so a difference would go unnoticed into every score.
+
+    Raises:
+        [`InputError`]: the first differences found.
+    """
+    differences = list(_tokenizer_differences(first, second))
+    if differences:
+        raise InputError(
+            f"the tokenizers of {names[0]} and {names[1]} differ: {'; '.join(differences)}; train both from models "
+            f"with one tokenizer"
+        )
+
+
+def _tokenizer_differences(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> Iterator[str]:
+    a, b = first.get_vocab(), second.get_vocab()
+    if a != b:
+        tokens = sorted(token for token in a.keys() | b.keys() if a.get(token) != b.get(token))
+        example = ", ".join(f"{token!r} is {a.get(token)} and {b.get(token)}" for token in tokens[:3])
+        yield f"vocabulary of {len(a)} and {len(b)} tokens ({example})"
+    # The pad token is left out: it never reaches a model unmasked, and trainers set it when it is missing
+    for name in ("bos_token_id", "eos_token_id"):
+        if getattr(first, name) != getattr(second, name):
+            yield f"{name} {getattr(first, name)} and {getattr(second, name)}"
+    if (first.chat_template or None) != (second.chat_template or None):
+        yield "chat template"
+    text = "The quick brown fox, 1 2 3."
+    if a == b and first(text)["input_ids"] != second(text)["input_ids"]:
+        yield f"token ids of {text!r}"
+
+
+def check_output_dir(output_dir: str | os.PathLike | None) -> None:
+    """
+    Refuse an output folder that cannot be written, before any work is done. Leaves nothing behind.
+
+    Raises:
+        [`InputError`]: the folder and why it cannot be written.
+    """
+    if output_dir is None:
+        return
+    parent = Path(output_dir).absolute()
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"output folder {output_dir}: cannot be written ({error.strerror}); choose another output_dir"
+        ) from None
