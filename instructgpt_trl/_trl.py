@@ -1,0 +1,61 @@
+"""
+The only door to what is not public in TRL, transformers and PEFT, and the list of every parent method that is
+overridden or called privately.
+
+tests/test_contract.py holds a hash of the source of each. When one changes, the test names the method to read again.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import add_fused_lm_head, create_model_from_path, disable_dropout_in_model, get_config_model_id
+
+__all__ = [
+    "OVERRIDDEN",
+    "add_fused_lm_head",
+    "create_model_from_path",
+    "disable_dropout_in_model",
+    "disable_gradient_checkpointing",
+    "get_config_model_id",
+    "precision",
+    "preserved_rng",
+]
+
+# (class, method): overridden in our subclass, or called although it is private
+OVERRIDDEN: dict[str, tuple[str, ...]] = {
+    "SFTTrainer": (),
+    "RewardTrainer": (),
+    "RLOOTrainer": (),
+}
+
+
+def precision(config) -> None:
+    """
+    Choose bf16, fp16 or fp32 for `config` by what the device computes natively, if the user chose neither: bf16 on
+    CUDA from compute capability 8.0, fp16 below it (T4, V100), fp32 on Apple MPS and on a CPU. Call it before the
+    parent's `__post_init__`, which otherwise turns bf16 on everywhere (and raises without a GPU).
+    """
+    if config.bf16 is not None or config.fp16:
+        return
+    cuda = torch.cuda.is_available() and not config.use_cpu
+    config.bf16 = cuda and torch.cuda.get_device_capability()[0] >= 8
+    config.fp16 = cuda and not config.bf16
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Leave the random number generators of Python, NumPy and torch as they were: a constructor's seeds stay inside."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)

@@ -1,0 +1,230 @@
+"""
+Four roles on one base: policy, reference, reward model and value model.
+
+A role is a network, the adapter that makes it this role, and for the scalar ones a head. With LoRA on a common base
+all four are adapters of one network, whose weights exist once; without, each role has a network of its own. Whoever
+uses a role does so inside `with role.active()`, forward and backward in one context: PEFT switches adapters in place,
+and gradient checkpointing recomputes under whichever adapter is active then.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from .._trl import add_fused_lm_head, get_config_model_id
+from ..data import InputError
+from .loading import same_base
+from .reward_model import RewardParts
+
+Network = PreTrainedModel | PeftModel
+
+
+@dataclass
+class Role:
+    """
+    Args:
+        network (`PreTrainedModel` or `PeftModel`): what is run.
+        adapter (`str`, *optional*): the adapter that is on; `None` on a `PeftModel` means all adapters off.
+        head (`nn.Linear`, *optional*): float32, H to 1, of a scalar role. A reward model's bias is the head's bias.
+    """
+
+    network: Network
+    adapter: str | None = None
+    head: nn.Linear | None = None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model inside, with whatever adapters are on."""
+        return self.network.get_base_model() if isinstance(self.network, PeftModel) else self.network
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, the network is this role. Which parameters require gradients does not change, inside or after."""
+        if not isinstance(self.network, PeftModel):
+            yield
+            return
+        # PEFT's switches set and clear `requires_grad` as a side effect
+        flags = [(p, p.requires_grad) for p in self.network.parameters()]
+        before = self.network.active_adapter
+        if self.adapter is None:
+            with self.network.disable_adapter():
+                _restore(flags)
+                yield
+        else:
+            self.network.set_adapter(self.adapter)
+            _restore(flags)
+            try:
+                yield
+            finally:
+                self.network.set_adapter(before)
+        _restore(flags)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The role's own parameters by name: its adapter, or all of a full network, and its head."""
+        marker = f".{self.adapter}."
+        own = {
+            name: parameter
+            for name, parameter in self.network.named_parameters()
+            if not isinstance(self.network, PeftModel) or (self.adapter is not None and marker in name)
+        }
+        if self.head is not None:
+            own |= {f"head.{name}": parameter for name, parameter in self.head.named_parameters()}
+        return own
+
+    def train(self, mode: bool = True) -> None:
+        """Train or freeze the role's own parameters."""
+        for parameter in self.parameters().values():
+            parameter.requires_grad_(mode)
+
+    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """(B, L) token ids and mask -> (B, L, H). Call it inside `active()`."""
+        backbone = self.model.base_model
+        return backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+    def scalars(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., H) -> (...,): the head's output in float32, whatever the network computes in."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.head.weight, self.head.bias).squeeze(-1)
+
+
+@dataclass
+class Roles:
+    """Who is who in a PPO run. `rewards` may be empty (plain reward functions); `reference` is absent at `beta=0`."""
+
+    policy: Role
+    reference: Role | None
+    rewards: list[Role]
+    value: Role
+
+    def __iter__(self) -> Iterator[Role]:
+        yield from (role for role in (self.policy, self.reference, *self.rewards, self.value) if role is not None)
+
+
+def build_roles(
+    policy: Network,
+    rewards: list[RewardParts],
+    peft_config: PeftConfig | None = None,
+    temperature: float = 1.0,
+    with_reference: bool = True,
+) -> Roles:
+    """
+    Put the four roles together around a policy that is ready to train.
+
+    Reward adapters trained on the policy's base go onto that base; any other reward model brings its own network. The
+    value model starts as a copy of the first reward model, head and bias included; without a reward model as a copy
+    of the policy with a head of zeros.
+
+    Args:
+        policy (`PreTrainedModel` or `PeftModel`): the policy; a `PeftModel` has the adapter `default`, and `ref` if
+            it continues an SFT adapter.
+        rewards (`list[RewardParts]`): reward models, as read by `reward_parts`.
+        peft_config (`PeftConfig`, *optional*): shape of the value adapter where the reward model has none.
+        temperature (`float`): sampling temperature, for the reference's log-probs.
+        with_reference (`bool`): whether there is a KL penalty.
+    """
+    peft = isinstance(policy, PeftModel)
+    policy_role = Role(policy, "default" if peft else None)
+    reference = _reference(policy, temperature) if with_reference else None
+    reward_roles = [_reward(policy, parts, index) for index, parts in enumerate(rewards)]
+    if reward_roles:
+        value = _value_from_reward(reward_roles[0], peft_config or (policy.peft_config["default"] if peft else None))
+    else:
+        value = _value_from_policy(policy)
+    roles = Roles(policy_role, reference, reward_roles, value)
+    for role in roles:
+        role.train(role is policy_role or role is value)
+    if peft:
+        policy.set_adapter("default")
+        value.train()
+    return roles
+
+
+def _reference(policy: Network, temperature: float) -> Role:
+    """The policy as it is now, frozen: a copy of its adapter, or the adapters off, or a copy of the whole model."""
+    if isinstance(policy, PeftModel):
+        return Role(policy, "ref" if "ref" in policy.peft_config else None)
+    network = copy.deepcopy(policy)
+    network.__dict__.pop("forward", None)  # the policy's fused head is bound to the policy
+    add_fused_lm_head(network, temperature=temperature)
+    network.eval()
+    return Role(network)
+
+
+def _reward(policy: Network, parts: RewardParts, index: int) -> Role:
+    head = _head(parts.head_weight, parts.bias)
+    name = f"reward_{index}" if index else "reward"
+    on_policy_base = isinstance(policy, PeftModel) and parts.config is not None
+    if on_policy_base and same_base(parts.base, get_config_model_id(policy.get_base_model().config)):
+        _add_adapter(policy, name, parts.config, parts.state)
+        return Role(policy, name, head)
+    network = parts.load_network()
+    if isinstance(network, PeftModel):
+        return Role(network, network.active_adapter, head)
+    return Role(network.base_model, None, head)
+
+
+def _value_from_reward(reward: Role, peft_config: PeftConfig | None) -> Role:
+    head = copy.deepcopy(reward.head)
+    if isinstance(reward.network, PeftModel):
+        state = get_peft_model_state_dict(reward.network, adapter_name=reward.adapter)
+        _add_adapter(reward.network, "value", _plain(reward.network.peft_config[reward.adapter]), _without_head(state))
+        return Role(reward.network, "value", head)
+    if peft_config is None:
+        return Role(copy.deepcopy(reward.network), None, head)
+    # A fresh adapter changes nothing yet, so the value model equals the reward model, which is the base without it
+    network = get_peft_model(reward.network, replace(_plain(peft_config), task_type=None), adapter_name="value")
+    reward.network = network
+    return Role(network, "value", head)
+
+
+def _value_from_policy(policy: Network) -> Role:
+    size = (policy.get_base_model() if isinstance(policy, PeftModel) else policy).config.get_text_config().hidden_size
+    head = _head(torch.zeros(1, size), 0.0)
+    if not isinstance(policy, PeftModel):
+        return Role(copy.deepcopy(policy.base_model), None, head)
+    state = get_peft_model_state_dict(policy, adapter_name="default")
+    _add_adapter(policy, "value", _plain(policy.peft_config["default"]), state)
+    return Role(policy, "value", head)
+
+
+def _head(weight: torch.Tensor, bias: float) -> nn.Linear:
+    head = nn.Linear(weight.size(1), 1)
+    with torch.no_grad():
+        head.weight.copy_(weight.float())
+        head.bias.fill_(bias)
+    return head
+
+
+def _plain(config: PeftConfig) -> PeftConfig:
+    """A config for another adapter on the same network: trainable, without the head that seq-cls configs save."""
+    kept = [name for name in config.modules_to_save or [] if name not in ("score", "classifier")] or None
+    return replace(config, modules_to_save=kept, task_type="CAUSAL_LM", inference_mode=False)
+
+
+def _without_head(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: tensor for key, tensor in state.items() if ".score." not in key and ".classifier." not in key}
+
+
+def _add_adapter(network: PeftModel, name: str, config: PeftConfig, state: dict[str, torch.Tensor]) -> None:
+    """Add the adapter `name` with the weights `state`; every weight must find its place."""
+    network.add_adapter(name, config)
+    result = set_peft_model_state_dict(network, state, adapter_name=name)
+    missing = [key for key in result.missing_keys if f".{name}." in key]
+    if missing or result.unexpected_keys:
+        keys = [*missing, *result.unexpected_keys]
+        raise InputError(f"adapter '{name}' does not fit the base: {len(keys)} weights differ, first {keys[0]}")
+    for parameter_name, parameter in network.named_parameters():
+        if f".{name}." in parameter_name and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+
+
+def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)

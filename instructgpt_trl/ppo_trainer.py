@@ -1,0 +1,678 @@
+"""PPO with a learned reward model, a value model and pretraining gradients, on TRL's online trainer."""
+
+import copy
+import json
+import os
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.utils import logging
+from trl import RLOOTrainer
+
+from ._trl import add_fused_lm_head, disable_dropout_in_model, get_config_model_id, preserved_rng
+from .data import InputError, check_output_dir, check_rows, check_tokenizers, encode_prompt, pack_texts
+from .data.episodes import (
+    Episodes,
+    attention_mask,
+    before_tokens,
+    completion_labels,
+    last_token,
+    pad_episodes,
+    take_rows,
+)
+from .data.formats import split_by_length
+from .functional import gae, policy_loss, token_rewards, value_loss, whiten
+from .models.ema import EMA
+from .models.loading import float32_adapters, load_policy
+from .models.reward_model import RewardModel, reward_parts
+from .models.roles import Role, build_roles
+from .ppo_config import PPOConfig
+
+logger = logging.get_logger(__name__)
+
+VALUE_FILE = "value_model.safetensors"
+STATE_FILE = "ppo_state.json"
+
+
+class PPOTrainer(RLOOTrainer):
+    """
+    Trainer for PPO and PPO-ptx as in InstructGPT [P 3.5, C.4, Eq. 2].
+
+    Everything up to the sampled completions is TRL's `RLOOTrainer`: generation, chat templates, reward functions, logs.
+    What differs: the reward model sees token ids and not text; the KL penalty is a reward of every token; a value model,
+    started from the reward model, gives advantages by GAE; policy and value losses are clipped token by token; and in
+    each minibatch the policy's, the value model's and the pretraining gradients are computed in consecutive backward
+    passes into the same buffers.
+
+    Args (those of `RLOOTrainer`, and):
+        reward_model (`str`, `RewardModel`, `PreTrainedModel`, or a list of these, *optional*):
+            What `RewardTrainer.save_model` wrote, or the loaded object. Trained on the policy's base as an adapter, it
+            becomes an adapter of that base and nothing is loaded twice. The value model starts from the first one.
+        reward_funcs:
+            As in TRL. Strings and models among them are read as reward models. With `reward_model`, all are summed by
+            `args.reward_weights`, reward models first. Without any reward model the value model starts from the policy
+            with a head of zeros.
+        ptx_dataset (`Dataset`, *optional*):
+            Rows of kind "pretraining" for the pretraining gradient. Without it this is PPO, whatever `ptx_coef` is.
+
+    Neutral setting: `ptx_coef=0` (or no `ptx_dataset`) is plain PPO, bit for bit.
+
+    Overrides: `__init__`, `train`, `evaluate`, `training_step`, `prediction_step`, `create_optimizer`,
+    `create_scheduler`, and of the private methods `_tokenize_prompts`, `_generate_single_turn`, `_prepare_inputs`,
+    `_clip_grad_norm`, `_save`, `_load_from_checkpoint`; calls `_generate` and `_calculate_rewards`.
+
+    Refuses: several processes, images, an optimizer from outside, sampling that cuts the policy's distribution.
+    """
+
+    _tag_names = ["trl", "ppo", "instructgpt-trl"]
+    _name = "PPO"
+    _paper = {
+        "title": "Training language models to follow instructions with human feedback",
+        "id": "2203.02155",
+        "citation": "@inproceedings{ouyang2022training,\n"
+        "    title = {Training language models to follow instructions with human feedback},\n"
+        "    author = {Long Ouyang and others},\n"
+        "    year = 2022,\n"
+        "    booktitle = {Advances in Neural Information Processing Systems 35},\n"
+        "}",
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: Any = None,
+        args: PPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        reward_model: Any = None,
+        ptx_dataset: Dataset | None = None,
+    ):
+        args = args or PPOConfig(f"{_name_of(model)}-PPO")
+        functions, models = _split_rewards(reward_funcs, reward_model)
+        _check_arguments(args, functions, models, train_dataset, processing_class, optimizers)
+        train_dataset = check_rows(train_dataset, "prompt", "train_dataset")
+        if eval_dataset is not None:
+            eval_dataset = _each(eval_dataset, lambda rows, name: check_rows(rows, "prompt", name))
+        if ptx_dataset is not None:
+            ptx_dataset = check_rows(ptx_dataset, "pretraining", "ptx_dataset")
+        check_output_dir(args.output_dir)
+
+        with preserved_rng():
+            set_seed(args.seed)
+            if isinstance(model, str):
+                model, tokenizer = _load(model, args, quantization_config)
+                processing_class = processing_class or tokenizer
+                args.model_init_kwargs, quantization_config = None, None
+            if isinstance(model, PeftModel) and peft_config is not None:
+                logger.warning("The policy continues its own adapter; peft_config gives the value adapter its shape")
+            parts = [reward_parts(source) for source in models]
+            tokenizer = processing_class
+            for index, part in enumerate(parts):
+                if tokenizer is not None and part.tokenizer is not None:
+                    check_tokenizers(tokenizer, part.tokenizer, ("the policy", f"reward model {index}"))
+            if tokenizer is not None:
+                train_dataset = _within_length(train_dataset, tokenizer, args, "train_dataset")
+                if eval_dataset is not None:
+                    eval_dataset = _each(eval_dataset, lambda r, name: _within_length(r, tokenizer, args, name))
+            _check_batches(args, train_dataset)
+
+            beta, args.beta = args.beta, 0.0  # the parent would load its reference from disk; ours copies the policy
+            with float32_adapters(model):
+                super().__init__(
+                    model,
+                    [_RewardRole(self, f"reward_model_{i}" if i else "reward_model") for i in range(len(parts))]
+                    + functions,
+                    args=args,
+                    train_dataset=train_dataset,
+                    eval_dataset=eval_dataset,
+                    processing_class=processing_class,
+                    reward_processing_classes=reward_processing_classes,
+                    callbacks=callbacks,
+                    optimizers=optimizers,
+                    quantization_config=quantization_config,
+                    peft_config=None if isinstance(model, PeftModel) else peft_config,
+                )
+            args.beta = self.beta = beta
+            self._set_up_roles(parts, peft_config)
+            self._set_up_state(ptx_dataset)
+
+    # Set-up
+
+    def _set_up_roles(self, parts: list, peft_config: PeftConfig | None) -> None:
+        self.roles = build_roles(self.model, parts, peft_config, self.temperature, with_reference=self.beta != 0)
+        for function, role in zip(self.reward_funcs, self.roles.rewards, strict=False):
+            function.role = role
+        for role in self.roles:
+            role.network.to(self.accelerator.device)
+            if role.head is not None:
+                role.head.to(self.accelerator.device)
+            if self.args.disable_dropout:
+                disable_dropout_in_model(role.network)
+        value = self.roles.value.network
+        if value is not self.model and self.args.gradient_checkpointing:
+            value.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+            if isinstance(value, PeftModel):
+                value.enable_input_require_grads()
+        self._policy_parameters = {k: p for k, p in self.roles.policy.parameters().items() if p.requires_grad}
+        self._value_parameters = {k: p for k, p in self.roles.value.parameters().items() if p.requires_grad}
+
+    def _set_up_state(self, ptx_dataset: Dataset | None) -> None:
+        args = self.args
+        self.kl_coef = self.beta
+        self.ema = EMA(self._policy_parameters, args.ema_decay) if args.ema_decay else None
+        self._episodes: Episodes | None = None
+        self._order: torch.Tensor | None = None
+        self._sums: dict[str, float] = defaultdict(float)
+        self._ptx_blocks = None
+        if ptx_dataset is not None and args.ptx_coef:
+            context = getattr(self.roles.policy.model.config.get_text_config(), "max_position_embeddings", None)
+            length = args.ptx_max_length or (args.max_prompt_length or 1024) + args.max_completion_length
+            self._ptx_blocks = pack_texts(ptx_dataset, self._tokenizer, min(length, context or length))
+            # The policy's fused head divides by the sampling temperature; the language-model loss must not
+            self._ptx_model = copy.copy(self.roles.policy.model)
+            add_fused_lm_head(self._ptx_model, temperature=1.0)
+        self.add_callback(_StepCallback(self))
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """One optimizer, two learning rates: `learning_rate` for the policy, `value_learning_rate` for the value model."""
+        if self.optimizer is None:
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            rates = (
+                (self._policy_parameters, self.args.learning_rate),
+                (self._value_parameters, self.args.value_learning_rate),
+            )
+            groups = []
+            for parameters, rate in rates:
+                for decayed in (True, False):  # as in Trainer: biases and norms are not decayed
+                    group = [p for p in parameters.values() if (p.dim() >= 2) == decayed]
+                    decay = self.args.weight_decay if decayed else 0.0
+                    groups.append({"params": group, "lr": rate, "weight_decay": decay})
+            self.optimizer = cls([group for group in groups if group["params"]], **kwargs)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """Constant after a linear rise from a tenth over the first `warmup_updates` rollouts [P C.4]."""
+        if self.lr_scheduler is None and self.args.warmup_updates and self.args.lr_scheduler_type == "constant":
+            steps = self.args.warmup_updates * self._steps_per_update
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: min(1.0, 0.1 + 0.9 * step / steps))
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    @property
+    def _steps_per_update(self) -> int:
+        return self.num_iterations * self.args.steps_per_generation // self.args.gradient_accumulation_steps
+
+    def train(self, *args, **kwargs):
+        """As the parent's, from the seed of the config, whatever ran before."""
+        set_seed(self.args.seed)
+        return super().train(*args, **kwargs)
+
+    # Rollout: the algorithm's table of contents
+
+    @torch.no_grad()
+    def rollout(self, inputs: list[dict[str, Any]]) -> Episodes:
+        """
+        Sample a completion for each prompt and work out what its update needs.
+
+        Returns:
+            the episodes (see `data/episodes.py`) with `logprobs`, `values`, `advantages`, `returns`, each (B, T).
+        """
+        episodes, rows = self._sample(inputs)
+        logprobs, entropies = self._for_each_micro_batch(self._logprobs, self.roles.policy, episodes)
+        reference = self.roles.reference
+        ref_logprobs = self._for_each_micro_batch(self._logprobs, reference, episodes)[0] if reference else logprobs
+        values = self._for_each_micro_batch(self._values, self.roles.value, episodes)[0]
+        scores, score_parts = self._scores(rows, episodes)
+        rewards = token_rewards(scores, logprobs, ref_logprobs, episodes["mask"], self.kl_coef)
+        advantages, returns = gae(rewards, values, episodes["mask"], self.args.gamma, self.args.lam)
+        kl = torch.where(episodes["mask"], logprobs - ref_logprobs, 0.0).sum(1)
+        self._log_rollout(episodes, entropies, kl, scores, values, returns)
+        self._log_completions(rows, score_parts, scores, kl, advantages)
+        if self.args.normalize_advantages:
+            advantages = whiten(advantages, episodes["mask"])
+        return {**episodes, "logprobs": logprobs, "values": values, "advantages": advantages, "returns": returns}
+
+    def _sample(self, inputs: list[dict[str, Any]]) -> tuple[Episodes, list[dict[str, Any]]]:
+        prompt_ids, completion_ids, completions = self._generate([row["prompt"] for row in inputs])
+        rows = [
+            {**row, "prompt_ids": prompt_ids[i], "completion_ids": completion_ids[i], "completion": completions[i]}
+            for i, row in enumerate(inputs)
+        ]
+        episodes = pad_episodes(prompt_ids, completion_ids, self._tokenizer.pad_token_id)
+        episodes["ended"] = torch.tensor([ids[-1] in self.eos_token_ids for ids in completion_ids])
+        if self.mask_truncated_completions:
+            episodes["mask"] = episodes["mask"] & episodes["ended"][:, None]
+        return {name: tensor.to(self.accelerator.device) for name, tensor in episodes.items()}, rows
+
+    def _scores(self, rows: list[dict[str, Any]], episodes: Episodes) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B,) scores, and (B, F) before they were weighted and summed. A row without any score is masked out."""
+        columns = [[row[name] for row in rows] for name in ("prompt", "completion", "completion_ids")]
+        parts = self._calculate_rewards(rows, *columns)
+        unscored = torch.isnan(parts).all(1)
+        scores = (parts * self.reward_weights.to(parts.device)).nansum(1)
+        if self.reward_clip_range:
+            scores = scores.clamp(*self.reward_clip_range)
+        if self.args.missing_eos_score is not None:
+            scores = torch.where(episodes["ended"], scores, self.args.missing_eos_score)
+        self._stop_unless_finite(scores, "a score of the reward model or function")
+        episodes["mask"] = episodes["mask"] & ~unscored[:, None]
+        return scores, parts
+
+    def _for_each_micro_batch(self, compute, role: Role, episodes: Episodes) -> list[torch.Tensor]:
+        """Apply `compute(role, micro_batch) -> tuple of (b, t)` to the rows in micro-batches; (B, T) each."""
+        size = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
+        outputs = []
+        with role.active():
+            for rows in torch.arange(len(episodes["input_ids"])).split(size):
+                outputs.append(compute(role, take_rows(episodes, rows)))
+        width = episodes["mask"].size(1)
+        padded = [[torch.nn.functional.pad(x, (0, width - x.size(1))) for x in output] for output in outputs]
+        return [torch.cat(column) for column in zip(*padded, strict=True)]
+
+    def _logprobs(self, role: Role, batch: Episodes) -> tuple[torch.Tensor, torch.Tensor]:
+        """(b, t) log-probs of the completion's tokens and entropies (nats) of the distributions they come from."""
+        with self.accelerator.autocast():
+            out = role.model(
+                input_ids=batch["input_ids"],
+                attention_mask=attention_mask(batch),
+                labels=completion_labels(batch),
+                fused_lm_head=True,
+            )
+        index = before_tokens(batch).clamp(max=out.log_probs.size(1) - 1)
+        entropy = out.log_probs if out.entropy is None else out.entropy
+        return out.log_probs.gather(1, index), entropy.gather(1, index)
+
+    def _values(self, role: Role, batch: Episodes) -> tuple[torch.Tensor]:
+        """(b, t): `values[t]` is the value before token t."""
+        return (self._scalars(role, batch).gather(1, before_tokens(batch)),)
+
+    def _scalars(self, role: Role, batch: Episodes) -> torch.Tensor:
+        with self.accelerator.autocast():
+            hidden = role.hidden_states(batch["input_ids"], attention_mask(batch))
+        return role.scalars(hidden)
+
+    # Update
+
+    def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> Episodes:
+        """
+        The next micro-batch: of a new rollout once the old one is used up, else of the one in the buffer. The first
+        inner epoch takes the rows in the order of the rollout, each later one in a new random order.
+        """
+        steps = self.args.steps_per_generation
+        if self._episodes is None or self._step % (steps * self.num_iterations) == 0:
+            self._episodes = self.rollout(generation_batch)
+            self._order = torch.arange(len(self._episodes["input_ids"]))
+        elif self._step % steps == 0:
+            generator = torch.Generator().manual_seed(self.args.seed + self._step)
+            self._order = torch.randperm(len(self._episodes["input_ids"]), generator=generator)
+        return take_rows(self._episodes, self._rows_of(self._step % steps, 1))
+
+    def _rows_of(self, micro_batch: int, count: int) -> torch.Tensor:
+        size = self.args.per_device_train_batch_size
+        return self._order[micro_batch * size : (micro_batch + count) * size]
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """
+        One micro-batch: the policy's backward pass, the value model's, and behind the last one of a minibatch the
+        pretraining passes, all into the same gradient buffers. Losses are means over all tokens of the minibatch.
+        """
+        started = time.perf_counter()
+        model.train()
+        self.roles.value.network.train()
+        accumulation = self.args.gradient_accumulation_steps
+        batch = self._prepare_inputs(inputs)
+        if self._step % accumulation == 0:
+            for parameter in self._value_parameters.values():  # the loop zeroes the policy's network only
+                parameter.grad = None
+        micro_batch = self._step % self.args.steps_per_generation
+        minibatch = self._rows_of(micro_batch // accumulation * accumulation, accumulation)
+        share = batch["mask"].sum() / self._episodes["mask"][minibatch].sum().clamp(min=1)
+        loss = self._policy_backward(batch, share) + self._value_backward(batch, share)
+        self._step += 1
+        if self._step % accumulation == 0:
+            if self._ptx_blocks is not None:
+                loss = loss + self._ptx_backward(len(minibatch) * self.args.ptx_ratio)
+            else:
+                self._sums["grad_norm/policy"] = self._norm(self._policy_parameters)
+            self._stop_unless_finite(loss, "the loss")
+            for name, value in self._sums.items():
+                self._metrics["train"][name].append(value)
+            self._sums.clear()
+        self._metrics["train"]["step_time"].append(time.perf_counter() - started)
+        return loss
+
+    def _policy_backward(self, batch: Episodes, share: torch.Tensor) -> torch.Tensor:
+        old, mask, epsilon = batch["logprobs"], batch["mask"], self.args.epsilon
+        with self.roles.policy.active():
+            logprobs, _ = self._logprobs(self.roles.policy, batch)
+            loss = policy_loss(logprobs, old, batch["advantages"], mask, epsilon) * share
+            self.accelerator.backward(loss)
+        change = (logprobs.detach() - old)[mask]
+        ratio, advantages = change.exp(), batch["advantages"][mask]
+        clipped = torch.where(advantages > 0, ratio > 1 + epsilon, ratio < 1 - epsilon)
+        self._add("loss/policy", loss)
+        self._add("policy/approxkl", _mean(change**2 / 2) * share)
+        self._add("policy/clipfrac", _mean(clipped.float()) * share)
+        self._add("policy/ratio", _mean(ratio) * share)
+        return loss.detach()
+
+    def _value_backward(self, batch: Episodes, share: torch.Tensor) -> torch.Tensor:
+        old, returns, mask, cliprange = batch["values"], batch["returns"], batch["mask"], self.args.cliprange_value
+        with self.roles.value.active():
+            (values,) = self._values(self.roles.value, batch)
+            loss = value_loss(values, old, returns, mask, cliprange) * share
+            self.accelerator.backward(self.args.vf_coef * loss)
+        values = values.detach()
+        clipped = old + (values - old).clamp(-cliprange, cliprange)
+        used = ((clipped - returns) ** 2 > (values - returns) ** 2)[mask]
+        self._add("loss/value", loss)
+        self._add("value/clipfrac", _mean(used.float()) * share)
+        return self.args.vf_coef * loss.detach()
+
+    def _ptx_backward(self, count: int) -> torch.Tensor:
+        """`ptx_coef` times the mean loss a token over `count` pretraining blocks, a micro-batch at a time."""
+        policy = {name: None if p.grad is None else p.grad.clone() for name, p in self._policy_parameters.items()}
+        first = self.state.global_step * count
+        blocks = [self._ptx_blocks[i]["input_ids"] for i in self._ptx_rows(first, count)]
+        tokens = sum(len(block) - 1 for block in blocks)
+        total = torch.zeros((), device=self.accelerator.device)
+        with self.roles.policy.active():
+            for start in range(0, count, self.args.per_device_train_batch_size):
+                loss = self._ptx_loss(blocks[start : start + self.args.per_device_train_batch_size]) / tokens
+                self.accelerator.backward(self.args.ptx_coef * loss)
+                total += loss.detach()
+        self._add("loss/ptx", total)
+        self._sums["grad_norm/policy"] = self._norm(policy)
+        added = {name: _difference(p.grad, policy[name]) for name, p in self._policy_parameters.items()}
+        self._sums["grad_norm/ptx"] = self._norm(added)
+        return self.args.ptx_coef * total
+
+    def _ptx_loss(self, blocks: list[list[int]]) -> torch.Tensor:
+        """Sum of -log pi over the tokens of the blocks, at temperature 1."""
+        batch = pad_episodes([block[:1] for block in blocks], [block[1:] for block in blocks], 0)
+        batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+        with self.accelerator.autocast():
+            out = self._ptx_model(
+                input_ids=batch["input_ids"],
+                attention_mask=attention_mask(batch),
+                labels=completion_labels(batch),
+                fused_lm_head=True,
+            )
+        return -out.log_probs.sum()
+
+    def _ptx_rows(self, first: int, count: int) -> list[int]:
+        """Rows `first` to `first + count` of an endless stream of shuffled epochs, the same after a resume."""
+        size, rows, permutations = len(self._ptx_blocks), [], {}
+        for position in range(first, first + count):
+            epoch, index = divmod(position, size)
+            if epoch not in permutations:
+                generator = torch.Generator().manual_seed(self.args.seed + epoch)
+                permutations[epoch] = torch.randperm(size, generator=generator).tolist()
+            rows.append(permutations[epoch][index])
+        return rows
+
+    def _clip_grad_norm(self, model) -> torch.Tensor:
+        """Clip policy and value model apart, so that a large value gradient does not shrink the policy's step."""
+        self.accelerator.unscale_gradients()
+        for parameters in (self._value_parameters, self._policy_parameters):
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), self.args.max_grad_norm)
+            if parameters is self._value_parameters:
+                self._metrics["train"]["grad_norm/value"].append(norm.item())
+        if self.accelerator.scaler is None:
+            self._stop_unless_finite(norm, "the policy's gradient")
+        return norm
+
+    # Evaluation
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As the parent's, on completions sampled from the config's seed each time; the caller's generators go on."""
+        with preserved_rng():
+            set_seed(self.args.seed)
+            return super().evaluate(*args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None) -> tuple[None, None, None]:
+        """Evaluation is a rollout: its scores, KL and lengths are the metrics."""
+        self.rollout(inputs)
+        return None, None, None
+
+    # Text to ids
+
+    def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:
+        ids = [encode_prompt(self._tokenizer, prompt, **self.chat_template_kwargs) for prompt in prompts]
+        return ids, None, {}
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields) -> list[list[int]]:
+        with self.roles.policy.active():
+            completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+        if any(len(ids) == 0 for ids in completion_ids):
+            raise RuntimeError(f"step {self.state.global_step}: an empty completion; check the generation settings")
+        if all(ids[0] in self.eos_token_ids for ids in completion_ids):
+            raise RuntimeError(
+                f"step {self.state.global_step}: every completion is EOS alone: the policy has collapsed or the prompts "
+                f"already end a turn; look at the prompts, lower learning_rate or raise beta"
+            )
+        return completion_ids
+
+    # Metrics and completions
+
+    def _log_rollout(self, episodes, entropies, kl, scores, values, returns) -> None:
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        mask = episodes["mask"]
+        counts = mask.sum(1).clamp(min=1)
+        per_row = {  # one entry a completion: the parent's mean over entries is the mean over completions
+            "objective/kl": kl,
+            "objective/scores": scores,
+            "objective/rlhf_reward": scores - self.kl_coef * kl,
+            "objective/entropy": torch.where(mask, entropies, 0.0).sum(1) / counts,
+            "completions/eos_rate": episodes["ended"].float(),
+        }
+        for name, rows in per_row.items():
+            metrics[name].extend(rows.tolist())
+        metrics["objective/scores_std"].append(scores.std(correction=0).item())
+        metrics["objective/kl_coef"].append(self.kl_coef)
+        residual, target = (returns - values)[mask], returns[mask]
+        if len(target) and target.var(correction=0) > 0:
+            explained = 1 - residual.var(correction=0) / target.var(correction=0)
+            metrics["value/explained_variance"].append(explained.item())
+        if self.model.training and self.args.kl_target:  # [L] AdaptiveKLController
+            error = max(-0.2, min(0.2, kl.mean().item() / self.args.kl_target - 1))
+            self.kl_coef *= 1 + error * len(kl) / self.args.kl_horizon
+
+    def _log_completions(self, rows, score_parts, scores, kl, advantages) -> None:
+        prompts, completions = [row["prompt"] for row in rows], [row["completion"] for row in rows]
+        self._logs["prompt"].extend(prompts)
+        self._logs["completion"].extend(completions)
+        self._logs["advantages"].extend(advantages.sum(1).tolist())
+        parts = {name: score_parts[:, i].tolist() for i, name in enumerate(self.reward_func_names)}
+        for name, values in parts.items():
+            self._logs["rewards"][name].extend(values)
+        if not (self.args.save_completions and self.model.training):
+            return
+        path = Path(self.args.output_dir) / "completions.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a" if self.state.global_step else "w", encoding="utf-8") as file:
+            for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+                row = {"step": self.state.global_step, "prompt": prompt, "completion": completion}
+                row |= {"score": scores[i].item(), "kl": kl[i].item()}
+                row |= {"scores": {name: values[i] for name, values in parts.items()}}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def _add(self, name: str, value: torch.Tensor) -> None:
+        self._sums[name] += value.detach().item()
+
+    def _norm(self, tensors: dict[str, Any]) -> float:
+        grads = [t.grad if isinstance(t, torch.nn.Parameter) else t for t in tensors.values()]
+        scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
+        return torch.nn.utils.get_total_norm([g for g in grads if g is not None]).item() / scale
+
+    def _stop_unless_finite(self, tensor: torch.Tensor, what: str) -> None:
+        if not torch.isfinite(tensor).all():
+            raise RuntimeError(
+                f"step {self.state.global_step}: {what} is NaN or infinite; the run stops before it spoils the weights. "
+                f"Look at completions.jsonl, lower learning_rate, or use float32"
+            )
+
+    # Saving
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        """The policy at the root, its average in `ema/`, the value model and the KL coefficient beside them."""
+        output_dir = output_dir or self.args.output_dir
+        self._save_policy(output_dir)
+        if self.ema is not None:
+            with self.ema.applied():
+                self._save_policy(os.path.join(output_dir, "ema"))
+        value = {name: p.detach().contiguous().clone() for name, p in self._value_parameters.items()}
+        save_file(value, os.path.join(output_dir, VALUE_FILE))
+        Path(output_dir, STATE_FILE).write_text(json.dumps({"kl_coef": self.kl_coef}), encoding="utf-8")
+
+    def _save_policy(self, output_dir: str) -> None:
+        adapters = {"selected_adapters": ["default"]} if isinstance(self.model, PeftModel) else {}
+        self.model.save_pretrained(output_dir, **adapters)
+        self.processing_class.save_pretrained(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if self.ema is not None:
+            self._load_policy(folder / "ema")
+            self.ema.copy_from_parameters()
+        self._load_policy(folder)
+        saved = load_file(folder / VALUE_FILE)
+        with torch.no_grad():
+            for name, parameter in self._value_parameters.items():
+                parameter.copy_(saved[name])
+        self.kl_coef = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["kl_coef"]
+
+    def _load_policy(self, folder: Path) -> None:
+        if isinstance(self.model, PeftModel):
+            set_peft_model_state_dict(self.model, load_file(folder / "adapter_model.safetensors"), "default")
+        else:
+            super()._load_from_checkpoint(str(folder), self.model)
+
+
+class _RewardRole:
+    """A reward model as one of TRL's reward functions: it reads token ids, never text."""
+
+    def __init__(self, trainer: PPOTrainer, name: str):
+        self.trainer, self.__name__, self.role = trainer, name, None
+
+    def __call__(self, prompt_ids: list[list[int]], completion_ids: list[list[int]], **kwargs) -> list[float]:
+        trainer = self.trainer
+        episodes = pad_episodes(prompt_ids, completion_ids, trainer._tokenizer.pad_token_id)
+        episodes = {name: tensor.to(trainer.accelerator.device) for name, tensor in episodes.items()}
+
+        def score(role: Role, batch: Episodes) -> tuple[torch.Tensor]:
+            return (trainer._scalars(role, batch).gather(1, last_token(batch)[:, None]),)
+
+        return trainer._for_each_micro_batch(score, self.role, episodes)[0][:, 0].tolist()
+
+
+class _StepCallback(TrainerCallback):
+    """Moves the average after each optimizer step, and counts micro-batches on from a resumed step."""
+
+    def __init__(self, trainer: PPOTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._step = state.global_step * args.gradient_accumulation_steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.ema is not None:
+            self.trainer.ema.update()
+
+
+def _mean(x: torch.Tensor) -> torch.Tensor:
+    return x.mean() if x.numel() else x.new_zeros(())
+
+
+def _difference(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    return a if b is None or a is None else a - b
+
+
+def _name_of(model: Any) -> str:
+    return (model if isinstance(model, str) else get_config_model_id(model.config)).rstrip("/").split("/")[-1]
+
+
+def _each(dataset: Any, apply) -> Any:
+    """`apply(rows, name)` to an evaluation dataset, or to each of a dictionary of them."""
+    if isinstance(dataset, dict):
+        return {name: apply(rows, f"eval_dataset['{name}']") for name, rows in dataset.items()}
+    return apply(dataset, "eval_dataset")
+
+
+def _split_rewards(reward_funcs: Any, reward_model: Any) -> tuple[list, list]:
+    """Plain functions, and reward models (those among `reward_funcs` behind those of `reward_model`)."""
+    listed = [x if isinstance(x, list) else [x] for x in (reward_model, reward_funcs) if x is not None]
+    rewards = [reward for group in listed for reward in group]
+    models = [reward for reward in rewards if isinstance(reward, str | RewardModel | torch.nn.Module)]
+    return [reward for reward in rewards if not any(reward is model for model in models)], models
+
+
+def _load(model: str, args: PPOConfig, quantization_config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    return load_policy(model, **kwargs)
+
+
+def _check_arguments(args, functions, models, train_dataset, processing_class, optimizers) -> None:
+    if not isinstance(args, PPOConfig):
+        raise InputError(f"args: expected a PPOConfig, got {type(args).__name__}")
+    if not functions and not models:
+        raise InputError("nothing to learn from: give reward_model (what RewardTrainer saved) or reward_funcs")
+    if train_dataset is None:
+        raise InputError("train_dataset is missing; expected rows with the column 'prompt'")
+    if isinstance(processing_class, ProcessorMixin):
+        raise InputError("processing_class: PPOTrainer trains on text; pass a tokenizer, not a processor of images")
+    if optimizers[0] is not None:
+        raise InputError("optimizers: the trainer builds its optimizer over two models; set optim and learning rates")
+    if args.world_size > 1:
+        raise InputError(
+            f"PPOTrainer runs in one process, got {args.world_size}; launch with --num_processes 1, or show it one GPU "
+            f"with CUDA_VISIBLE_DEVICES=0"
+        )
+    weights = args.reward_weights
+    if weights is not None and len(weights) != len(models) + len(functions):
+        raise InputError(
+            f"reward_weights: expected {len(models) + len(functions)} numbers ({len(models)} reward models, then "
+            f"{len(functions)} functions), got {len(weights)}"
+        )
+
+
+def _within_length(dataset, tokenizer, args: PPOConfig, name: str):
+    """The rows whose prompt has at most `max_prompt_length` tokens; the others are counted and named in the log."""
+    encode = {} if args.chat_template_kwargs is None else args.chat_template_kwargs
+    if isinstance(dataset, IterableDataset):
+        limit = args.max_prompt_length or float("inf")
+        return dataset.filter(lambda row: len(encode_prompt(tokenizer, row["prompt"], **encode)) <= limit)
+    lengths = [len(encode_prompt(tokenizer, prompt, **encode)) for prompt in dataset["prompt"]]
+    keep, report = split_by_length(lengths, args.max_prompt_length, f"prompts of {name}")
+    if report is None:
+        return dataset
+    if not keep:
+        raise InputError(f"{name}: {report}; raise max_prompt_length")
+    logger.warning(report)
+    return dataset.select(keep)
+
+
+def _check_batches(args: PPOConfig, dataset) -> None:
+    prompts = args.generation_batch_size // args.num_generations
+    if isinstance(dataset, Dataset) and len(dataset) < prompts:
+        raise InputError(
+            f"train_dataset has {len(dataset)} prompts, less than one batch of {prompts}; add prompts or lower "
+            f"steps_per_generation or per_device_train_batch_size"
+        )
