@@ -11,8 +11,8 @@ from .data import InputError
 @dataclass
 class PPOConfig(RLOOConfig):
     r"""
-    Configuration of [`PPOTrainer`]. Fields of `RLOOConfig` keep their names and meaning; the ones below are new or have
-    another default. Sources: [P] the InstructGPT paper, [L] openai/lm-human-preferences, [N+]
+    Configuration of [`PPOTrainer`]. Fields of `RLOOConfig` keep their names and meaning; the ones below are new or
+    have another default. Sources: [P] the InstructGPT paper, [L] openai/lm-human-preferences, [N+]
     vwxyzjn/summarize_from_feedback_details.
 
     Batches are counted as in TRL: `per_device_train_batch_size` episodes a micro-batch, `gradient_accumulation_steps`
@@ -55,8 +55,8 @@ class PPOConfig(RLOOConfig):
             Append every completion with its score and KL to `completions.jsonl` in the output folder.
 
     Changed defaults: `beta=0.02` [P], `num_generations=1` [P], `max_completion_length=1024` [P],
-    `learning_rate=8.05e-6` (the highest that was stable without pretraining gradients [P]), `lr_scheduler_type="constant"`
-    [P], `adam_beta2=0.95` [P], `adam_epsilon=1e-5` [L, N+], `normalize_advantages=True` [L], `disable_dropout=True`,
+    `learning_rate=8.05e-6` (the highest that was stable without pretraining gradients [P C.4]),
+    `lr_scheduler_type="constant"` [P], `adam_beta2=0.95` [P], `adam_epsilon=1e-5` [L, N+], `normalize_advantages=True` [L], `disable_dropout=True`,
     and bf16, fp16 or fp32 by what the device has.
     """
 

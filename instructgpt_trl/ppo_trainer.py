@@ -12,29 +12,22 @@ import torch
 from accelerate.utils import set_seed
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.utils import logging
 from trl import RLOOTrainer
 
 from ._trl import add_fused_lm_head, disable_dropout_in_model, get_config_model_id, preserved_rng
-from .data import InputError, check_output_dir, check_rows, check_tokenizers, encode_prompt, pack_texts
-from .data.episodes import (
-    Episodes,
-    attention_mask,
-    before_tokens,
-    completion_labels,
-    last_token,
-    pad_episodes,
-    take_rows,
-)
-from .data.formats import split_by_length
+from .data import InputError, check_output_dir, check_rows, check_tokenizers, encode_prompt
+from .data.episodes import Episodes, pad_episodes, take_rows
+from .data.pretraining import PretrainingStream, as_episodes
+from .data.prompts import drop_long_prompts
 from .functional import gae, policy_loss, token_rewards, value_loss, whiten
 from .models.ema import EMA
-from .models.loading import float32_adapters, load_policy
+from .models.loading import float32_adapters, load_policy, load_tokenizer
 from .models.reward_model import RewardModel, reward_parts
-from .models.roles import Role, build_roles
+from .models.roles import Role, build_roles, load_parameters, save_parameters
 from .ppo_config import PPOConfig
 
 logger = logging.get_logger(__name__)
@@ -47,11 +40,11 @@ class PPOTrainer(RLOOTrainer):
     """
     Trainer for PPO and PPO-ptx as in InstructGPT [P 3.5, C.4, Eq. 2].
 
-    Everything up to the sampled completions is TRL's `RLOOTrainer`: generation, chat templates, reward functions, logs.
-    What differs: the reward model sees token ids and not text; the KL penalty is a reward of every token; a value model,
-    started from the reward model, gives advantages by GAE; policy and value losses are clipped token by token; and in
-    each minibatch the policy's, the value model's and the pretraining gradients are computed in consecutive backward
-    passes into the same buffers.
+    Everything up to the sampled completions is TRL's `RLOOTrainer`: generation, chat templates, reward functions,
+    logs. What differs: the reward model sees token ids and not text; the KL penalty is a reward of every token; a
+    value model, started from the reward model, gives advantages by GAE; policy and value losses are clipped token by
+    token; and in each minibatch the policy's, the value model's and the pretraining gradients are computed in
+    consecutive backward passes into the same buffers.
 
     Args (those of `RLOOTrainer`, and):
         reward_model (`str`, `RewardModel`, `PreTrainedModel`, or a list of these, *optional*):
@@ -114,21 +107,22 @@ class PPOTrainer(RLOOTrainer):
 
         with preserved_rng():
             set_seed(args.seed)
+            model_init_kwargs = args.model_init_kwargs
             if isinstance(model, str):
                 model, tokenizer = _load(model, args, quantization_config)
                 processing_class = processing_class or tokenizer
-                args.model_init_kwargs, quantization_config = None, None
+                args.model_init_kwargs, quantization_config = None, None  # used up
+            processing_class = processing_class or load_tokenizer(get_config_model_id(model.config))
             if isinstance(model, PeftModel) and peft_config is not None:
-                logger.warning("The policy continues its own adapter; peft_config gives the value adapter its shape")
+                logger.warning("The policy continues its own adapter; peft_config shapes the value adapter only")
             parts = [reward_parts(source) for source in models]
-            tokenizer = processing_class
             for index, part in enumerate(parts):
-                if tokenizer is not None and part.tokenizer is not None:
-                    check_tokenizers(tokenizer, part.tokenizer, ("the policy", f"reward model {index}"))
-            if tokenizer is not None:
-                train_dataset = _within_length(train_dataset, tokenizer, args, "train_dataset")
-                if eval_dataset is not None:
-                    eval_dataset = _each(eval_dataset, lambda r, name: _within_length(r, tokenizer, args, name))
+                check_tokenizers(processing_class, part.tokenizer, ("the policy", f"reward model {index}"))
+            train_dataset = self._short_enough(train_dataset, "train_dataset", args, processing_class)
+            if eval_dataset is not None:
+                eval_dataset = _each(
+                    eval_dataset, lambda rows, name: self._short_enough(rows, name, args, processing_class)
+                )
             _check_batches(args, train_dataset)
 
             beta, args.beta = args.beta, 0.0  # the parent would load its reference from disk; ours copies the policy
@@ -148,21 +142,28 @@ class PPOTrainer(RLOOTrainer):
                     peft_config=None if isinstance(model, PeftModel) else peft_config,
                 )
             args.beta = self.beta = beta
+            args.model_init_kwargs = model_init_kwargs
             self._set_up_roles(parts, peft_config)
             self._set_up_state(ptx_dataset)
 
     # Set-up
+
+    @staticmethod
+    def _short_enough(rows, name: str, args: PPOConfig, tokenizer: PreTrainedTokenizerBase):
+        return drop_long_prompts(rows, tokenizer, args.max_prompt_length, name, **(args.chat_template_kwargs or {}))
 
     def _set_up_roles(self, parts: list, peft_config: PeftConfig | None) -> None:
         self.roles = build_roles(self.model, parts, peft_config, self.temperature, with_reference=self.beta != 0)
         for function, role in zip(self.reward_funcs, self.roles.rewards, strict=False):
             function.role = role
         for role in self.roles:
-            role.network.to(self.accelerator.device)
+            if role.network is not self.model and not getattr(role.model, "is_quantized", False):
+                role.network.to(self.accelerator.device)
             if role.head is not None:
                 role.head.to(self.accelerator.device)
             if self.args.disable_dropout:
                 disable_dropout_in_model(role.network)
+            role.autocast = self.accelerator.autocast
         value = self.roles.value.network
         if value is not self.model and self.args.gradient_checkpointing:
             value.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
@@ -178,18 +179,20 @@ class PPOTrainer(RLOOTrainer):
         self._episodes: Episodes | None = None
         self._order: torch.Tensor | None = None
         self._sums: dict[str, float] = defaultdict(float)
-        self._ptx_blocks = None
+        self._ptx_stream = None
         if ptx_dataset is not None and args.ptx_coef:
-            context = getattr(self.roles.policy.model.config.get_text_config(), "max_position_embeddings", None)
+            model = self.roles.policy.model
+            context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
             length = args.ptx_max_length or (args.max_prompt_length or 1024) + args.max_completion_length
-            self._ptx_blocks = pack_texts(ptx_dataset, self._tokenizer, min(length, context or length))
+            length = min(length, context or length)
+            self._ptx_stream = PretrainingStream(ptx_dataset, self._tokenizer, length, args.seed)
             # The policy's fused head divides by the sampling temperature; the language-model loss must not
-            self._ptx_model = copy.copy(self.roles.policy.model)
+            self._ptx_model = copy.copy(model)
             add_fused_lm_head(self._ptx_model, temperature=1.0)
         self.add_callback(_StepCallback(self))
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """One optimizer, two learning rates: `learning_rate` for the policy, `value_learning_rate` for the value model."""
+        """One optimizer, two rates: `learning_rate` for the policy, `value_learning_rate` for the value model."""
         if self.optimizer is None:
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             rates = (
@@ -233,19 +236,24 @@ class PPOTrainer(RLOOTrainer):
             the episodes (see `data/episodes.py`) with `logprobs`, `values`, `advantages`, `returns`, each (B, T).
         """
         episodes, rows = self._sample(inputs)
-        logprobs, entropies = self._for_each_micro_batch(self._logprobs, self.roles.policy, episodes)
+        logprobs, entropies = self._run_role(self.roles.policy, "logprobs", episodes)
         reference = self.roles.reference
-        ref_logprobs = self._for_each_micro_batch(self._logprobs, reference, episodes)[0] if reference else logprobs
-        values = self._for_each_micro_batch(self._values, self.roles.value, episodes)[0]
+        ref_logprobs = self._run_role(reference, "logprobs", episodes)[0] if reference else logprobs
+        (values,) = self._run_role(self.roles.value, "values", episodes)
         scores, score_parts = self._scores(rows, episodes)
         rewards = token_rewards(scores, logprobs, ref_logprobs, episodes["mask"], self.kl_coef)
         advantages, returns = gae(rewards, values, episodes["mask"], self.args.gamma, self.args.lam)
         kl = torch.where(episodes["mask"], logprobs - ref_logprobs, 0.0).sum(1)
         self._log_rollout(episodes, entropies, kl, scores, values, returns)
         self._log_completions(rows, score_parts, scores, kl, advantages)
+        self._adapt_kl_coef(kl)
         if self.args.normalize_advantages:
             advantages = whiten(advantages, episodes["mask"])
         return {**episodes, "logprobs": logprobs, "values": values, "advantages": advantages, "returns": returns}
+
+    def _run_role(self, role: Role, method: str, episodes: Episodes) -> list[torch.Tensor]:
+        size = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
+        return role.evaluate(getattr(role, method), episodes, size)
 
     def _sample(self, inputs: list[dict[str, Any]]) -> tuple[Episodes, list[dict[str, Any]]]:
         prompt_ids, completion_ids, completions = self._generate([row["prompt"] for row in inputs])
@@ -272,39 +280,6 @@ class PPOTrainer(RLOOTrainer):
         self._stop_unless_finite(scores, "a score of the reward model or function")
         episodes["mask"] = episodes["mask"] & ~unscored[:, None]
         return scores, parts
-
-    def _for_each_micro_batch(self, compute, role: Role, episodes: Episodes) -> list[torch.Tensor]:
-        """Apply `compute(role, micro_batch) -> tuple of (b, t)` to the rows in micro-batches; (B, T) each."""
-        size = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
-        outputs = []
-        with role.active():
-            for rows in torch.arange(len(episodes["input_ids"])).split(size):
-                outputs.append(compute(role, take_rows(episodes, rows)))
-        width = episodes["mask"].size(1)
-        padded = [[torch.nn.functional.pad(x, (0, width - x.size(1))) for x in output] for output in outputs]
-        return [torch.cat(column) for column in zip(*padded, strict=True)]
-
-    def _logprobs(self, role: Role, batch: Episodes) -> tuple[torch.Tensor, torch.Tensor]:
-        """(b, t) log-probs of the completion's tokens and entropies (nats) of the distributions they come from."""
-        with self.accelerator.autocast():
-            out = role.model(
-                input_ids=batch["input_ids"],
-                attention_mask=attention_mask(batch),
-                labels=completion_labels(batch),
-                fused_lm_head=True,
-            )
-        index = before_tokens(batch).clamp(max=out.log_probs.size(1) - 1)
-        entropy = out.log_probs if out.entropy is None else out.entropy
-        return out.log_probs.gather(1, index), entropy.gather(1, index)
-
-    def _values(self, role: Role, batch: Episodes) -> tuple[torch.Tensor]:
-        """(b, t): `values[t]` is the value before token t."""
-        return (self._scalars(role, batch).gather(1, before_tokens(batch)),)
-
-    def _scalars(self, role: Role, batch: Episodes) -> torch.Tensor:
-        with self.accelerator.autocast():
-            hidden = role.hidden_states(batch["input_ids"], attention_mask(batch))
-        return role.scalars(hidden)
 
     # Update
 
@@ -344,8 +319,9 @@ class PPOTrainer(RLOOTrainer):
         share = batch["mask"].sum() / self._episodes["mask"][minibatch].sum().clamp(min=1)
         loss = self._policy_backward(batch, share) + self._value_backward(batch, share)
         self._step += 1
-        if self._step % accumulation == 0:
-            if self._ptx_blocks is not None:
+        last = self._step % accumulation == 0
+        if last:
+            if self._ptx_stream is not None:
                 loss = loss + self._ptx_backward(len(minibatch) * self.args.ptx_ratio)
             else:
                 self._sums["grad_norm/policy"] = self._norm(self._policy_parameters)
@@ -353,13 +329,16 @@ class PPOTrainer(RLOOTrainer):
             for name, value in self._sums.items():
                 self._metrics["train"][name].append(value)
             self._sums.clear()
-        self._metrics["train"]["step_time"].append(time.perf_counter() - started)
+        self._current_train_step_time += time.perf_counter() - started
+        if last:
+            self._metrics["train"]["step_time"].append(self._current_train_step_time)
+            self._current_train_step_time = 0.0
         return loss
 
     def _policy_backward(self, batch: Episodes, share: torch.Tensor) -> torch.Tensor:
         old, mask, epsilon = batch["logprobs"], batch["mask"], self.args.epsilon
         with self.roles.policy.active():
-            logprobs, _ = self._logprobs(self.roles.policy, batch)
+            logprobs, _ = self.roles.policy.logprobs(batch)
             loss = policy_loss(logprobs, old, batch["advantages"], mask, epsilon) * share
             self.accelerator.backward(loss)
         change = (logprobs.detach() - old)[mask]
@@ -374,7 +353,7 @@ class PPOTrainer(RLOOTrainer):
     def _value_backward(self, batch: Episodes, share: torch.Tensor) -> torch.Tensor:
         old, returns, mask, cliprange = batch["values"], batch["returns"], batch["mask"], self.args.cliprange_value
         with self.roles.value.active():
-            (values,) = self._values(self.roles.value, batch)
+            (values,) = self.roles.value.values(batch)
             loss = value_loss(values, old, returns, mask, cliprange) * share
             self.accelerator.backward(self.args.vf_coef * loss)
         values = values.detach()
@@ -387,13 +366,16 @@ class PPOTrainer(RLOOTrainer):
     def _ptx_backward(self, count: int) -> torch.Tensor:
         """`ptx_coef` times the mean loss a token over `count` pretraining blocks, a micro-batch at a time."""
         policy = {name: None if p.grad is None else p.grad.clone() for name, p in self._policy_parameters.items()}
-        first = self.state.global_step * count
-        blocks = [self._ptx_blocks[i]["input_ids"] for i in self._ptx_rows(first, count)]
+        blocks = self._ptx_stream.take(self.state.global_step * count, count)
         tokens = sum(len(block) - 1 for block in blocks)
+        size = self.args.per_device_train_batch_size
         total = torch.zeros((), device=self.accelerator.device)
         with self.roles.policy.active():
-            for start in range(0, count, self.args.per_device_train_batch_size):
-                loss = self._ptx_loss(blocks[start : start + self.args.per_device_train_batch_size]) / tokens
+            for start in range(0, count, size):
+                batch = as_episodes(blocks[start : start + size])
+                batch = {name: tensor.to(total.device) for name, tensor in batch.items()}
+                logprobs, _ = self.roles.policy.logprobs(batch, self._ptx_model)
+                loss = -torch.where(batch["mask"], logprobs, 0.0).sum() / tokens
                 self.accelerator.backward(self.args.ptx_coef * loss)
                 total += loss.detach()
         self._add("loss/ptx", total)
@@ -401,30 +383,6 @@ class PPOTrainer(RLOOTrainer):
         added = {name: _difference(p.grad, policy[name]) for name, p in self._policy_parameters.items()}
         self._sums["grad_norm/ptx"] = self._norm(added)
         return self.args.ptx_coef * total
-
-    def _ptx_loss(self, blocks: list[list[int]]) -> torch.Tensor:
-        """Sum of -log pi over the tokens of the blocks, at temperature 1."""
-        batch = pad_episodes([block[:1] for block in blocks], [block[1:] for block in blocks], 0)
-        batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
-        with self.accelerator.autocast():
-            out = self._ptx_model(
-                input_ids=batch["input_ids"],
-                attention_mask=attention_mask(batch),
-                labels=completion_labels(batch),
-                fused_lm_head=True,
-            )
-        return -out.log_probs.sum()
-
-    def _ptx_rows(self, first: int, count: int) -> list[int]:
-        """Rows `first` to `first + count` of an endless stream of shuffled epochs, the same after a resume."""
-        size, rows, permutations = len(self._ptx_blocks), [], {}
-        for position in range(first, first + count):
-            epoch, index = divmod(position, size)
-            if epoch not in permutations:
-                generator = torch.Generator().manual_seed(self.args.seed + epoch)
-                permutations[epoch] = torch.randperm(size, generator=generator).tolist()
-            rows.append(permutations[epoch][index])
-        return rows
 
     def _clip_grad_norm(self, model) -> torch.Tensor:
         """Clip policy and value model apart, so that a large value gradient does not shrink the policy's step."""
@@ -463,8 +421,8 @@ class PPOTrainer(RLOOTrainer):
             raise RuntimeError(f"step {self.state.global_step}: an empty completion; check the generation settings")
         if all(ids[0] in self.eos_token_ids for ids in completion_ids):
             raise RuntimeError(
-                f"step {self.state.global_step}: every completion is EOS alone: the policy has collapsed or the prompts "
-                f"already end a turn; look at the prompts, lower learning_rate or raise beta"
+                f"step {self.state.global_step}: every completion is EOS alone: the policy has collapsed or the "
+                f"prompts already end a turn; look at the prompts, lower learning_rate or raise beta"
             )
         return completion_ids
 
@@ -489,7 +447,10 @@ class PPOTrainer(RLOOTrainer):
         if len(target) and target.var(correction=0) > 0:
             explained = 1 - residual.var(correction=0) / target.var(correction=0)
             metrics["value/explained_variance"].append(explained.item())
-        if self.model.training and self.args.kl_target:  # [L] AdaptiveKLController
+
+    def _adapt_kl_coef(self, kl: torch.Tensor) -> None:
+        """[L] AdaptiveKLController: raise `beta` while the KL is over its target, lower it while it is under."""
+        if self.args.kl_target is not None and self.model.training:
             error = max(-0.2, min(0.2, kl.mean().item() / self.args.kl_target - 1))
             self.kl_coef *= 1 + error * len(kl) / self.args.kl_horizon
 
@@ -523,8 +484,8 @@ class PPOTrainer(RLOOTrainer):
     def _stop_unless_finite(self, tensor: torch.Tensor, what: str) -> None:
         if not torch.isfinite(tensor).all():
             raise RuntimeError(
-                f"step {self.state.global_step}: {what} is NaN or infinite; the run stops before it spoils the weights. "
-                f"Look at completions.jsonl, lower learning_rate, or use float32"
+                f"step {self.state.global_step}: {what} is NaN or infinite; the run stops before it spoils the "
+                f"weights. Look at completions.jsonl, lower learning_rate, or use float32"
             )
 
     # Saving
@@ -536,8 +497,7 @@ class PPOTrainer(RLOOTrainer):
         if self.ema is not None:
             with self.ema.applied():
                 self._save_policy(os.path.join(output_dir, "ema"))
-        value = {name: p.detach().contiguous().clone() for name, p in self._value_parameters.items()}
-        save_file(value, os.path.join(output_dir, VALUE_FILE))
+        save_parameters(self._value_parameters, os.path.join(output_dir, VALUE_FILE))
         Path(output_dir, STATE_FILE).write_text(json.dumps({"kl_coef": self.kl_coef}), encoding="utf-8")
 
     def _save_policy(self, output_dir: str) -> None:
@@ -551,10 +511,7 @@ class PPOTrainer(RLOOTrainer):
             self._load_policy(folder / "ema")
             self.ema.copy_from_parameters()
         self._load_policy(folder)
-        saved = load_file(folder / VALUE_FILE)
-        with torch.no_grad():
-            for name, parameter in self._value_parameters.items():
-                parameter.copy_(saved[name])
+        load_parameters(self._value_parameters, str(folder / VALUE_FILE))
         self.kl_coef = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["kl_coef"]
 
     def _load_policy(self, folder: Path) -> None:
@@ -574,11 +531,7 @@ class _RewardRole:
         trainer = self.trainer
         episodes = pad_episodes(prompt_ids, completion_ids, trainer._tokenizer.pad_token_id)
         episodes = {name: tensor.to(trainer.accelerator.device) for name, tensor in episodes.items()}
-
-        def score(role: Role, batch: Episodes) -> tuple[torch.Tensor]:
-            return (trainer._scalars(role, batch).gather(1, last_token(batch)[:, None]),)
-
-        return trainer._for_each_micro_batch(score, self.role, episodes)[0][:, 0].tolist()
+        return trainer._run_role(self.role, "scores", episodes)[0][:, 0].tolist()
 
 
 class _StepCallback(TrainerCallback):
@@ -642,8 +595,8 @@ def _check_arguments(args, functions, models, train_dataset, processing_class, o
         raise InputError("optimizers: the trainer builds its optimizer over two models; set optim and learning rates")
     if args.world_size > 1:
         raise InputError(
-            f"PPOTrainer runs in one process, got {args.world_size}; launch with --num_processes 1, or show it one GPU "
-            f"with CUDA_VISIBLE_DEVICES=0"
+            f"PPOTrainer runs in one process, got {args.world_size}; launch with --num_processes 1, or show it one "
+            f"GPU with CUDA_VISIBLE_DEVICES=0"
         )
     weights = args.reward_weights
     if weights is not None and len(weights) != len(models) + len(functions):
@@ -651,22 +604,6 @@ def _check_arguments(args, functions, models, train_dataset, processing_class, o
             f"reward_weights: expected {len(models) + len(functions)} numbers ({len(models)} reward models, then "
             f"{len(functions)} functions), got {len(weights)}"
         )
-
-
-def _within_length(dataset, tokenizer, args: PPOConfig, name: str):
-    """The rows whose prompt has at most `max_prompt_length` tokens; the others are counted and named in the log."""
-    encode = {} if args.chat_template_kwargs is None else args.chat_template_kwargs
-    if isinstance(dataset, IterableDataset):
-        limit = args.max_prompt_length or float("inf")
-        return dataset.filter(lambda row: len(encode_prompt(tokenizer, row["prompt"], **encode)) <= limit)
-    lengths = [len(encode_prompt(tokenizer, prompt, **encode)) for prompt in dataset["prompt"]]
-    keep, report = split_by_length(lengths, args.max_prompt_length, f"prompts of {name}")
-    if report is None:
-        return dataset
-    if not keep:
-        raise InputError(f"{name}: {report}; raise max_prompt_length")
-    logger.warning(report)
-    return dataset.select(keep)
 
 
 def _check_batches(args: PPOConfig, dataset) -> None:

@@ -1,0 +1,38 @@
+"""Rules for prompts."""
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .formats import InputError, encode_prompt, split_by_length
+
+logger = logging.get_logger(__name__)
+
+
+def drop_long_prompts(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None,
+    name: str = "dataset",
+    **template_kwargs,
+) -> Dataset | IterableDataset:
+    """
+    The rows whose prompt has at most `limit` tokens [P 3.4: prompts over 1,024 are filtered]. The others are counted
+    and named in one warning; of an `IterableDataset`, which is read once, they are left out while reading.
+
+    Raises:
+        [`InputError`]: no row is left, or a prompt has no tokens.
+    """
+    if isinstance(dataset, IterableDataset):
+        most = float("inf") if limit is None else limit
+        return dataset.filter(lambda row: 0 < len(encode_prompt(tokenizer, row["prompt"], **template_kwargs)) <= most)
+    lengths = [len(encode_prompt(tokenizer, prompt, **template_kwargs)) for prompt in dataset["prompt"]]
+    if 0 in lengths:
+        raise InputError(f"{name}, row {lengths.index(0)}: the prompt has no tokens; fill it in or drop the row")
+    keep, report = split_by_length(lengths, limit, f"prompts of {name}")
+    if report is None:
+        return dataset
+    if not keep:
+        raise InputError(f"{name}: {report}; raise max_prompt_length")
+    logger.warning(report)
+    return dataset.select(keep)
