@@ -56,8 +56,8 @@ class PPOConfig(RLOOConfig):
 
     Changed defaults: `beta=0.02` [P], `num_generations=1` [P], `max_completion_length=1024` [P],
     `learning_rate=8.05e-6` (the highest that was stable without pretraining gradients [P C.4]),
-    `lr_scheduler_type="constant"` [P], `adam_beta2=0.95` [P], `adam_epsilon=1e-5` [L, N+], `normalize_advantages=True` [L], `disable_dropout=True`,
-    and bf16, fp16 or fp32 by what the device has.
+    `lr_scheduler_type="constant"` [P], `adam_beta2=0.95` [P], `adam_epsilon=1e-5` [L, N+],
+    `normalize_advantages=True` [L], `disable_dropout=True`, and bf16, fp16 or fp32 by what the device has.
     """
 
     beta: float = field(default=0.02, metadata={"help": "KL coefficient, per token, in nats."})
@@ -102,15 +102,23 @@ class PPOConfig(RLOOConfig):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}={getattr(self, name)}: expected a number from 0 to 1")
         for name in ("beta", "vf_coef", "ptx_coef", "value_learning_rate", "warmup_updates"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # NaN is no number either
                 raise InputError(f"{name}={getattr(self, name)}: expected 0 or more")
-        for name in ("cliprange_value", "epsilon", "ptx_ratio", "kl_horizon"):
-            if getattr(self, name) <= 0:
+        for name in ("cliprange_value", "epsilon", "ptx_ratio", "kl_horizon", "max_completion_length"):
+            if not (getattr(self, name) or 0) > 0:
                 raise InputError(f"{name}={getattr(self, name)}: expected more than 0")
+        for name, least in (("max_prompt_length", 1), ("ptx_max_length", 2)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise InputError(f"{name}={getattr(self, name)}: expected at least {least} tokens, or None")
+        if self.kl_target is not None and not (self.kl_target > 0 and self.beta > 0):
+            raise InputError(
+                f"kl_target={self.kl_target} with beta={self.beta}: expected both above 0; beta is what adapts, leave "
+                f"kl_target out to keep it fixed"
+            )
         if self.steps_per_generation % self.gradient_accumulation_steps:
             raise InputError(
                 f"steps_per_generation={self.steps_per_generation}: expected a multiple of "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps}, so that a batch holds whole minibatches"
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}, so that a batch is whole minibatches"
             )
         if self.epsilon_high is not None and self.epsilon_high != self.epsilon:
             raise InputError("epsilon_high: PPO clips on both sides alike; remove it and set epsilon")

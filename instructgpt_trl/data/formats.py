@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl import extract_prompt, pack_dataset
+
+from .files import READERS, InputError, load_arrow
 
 # Required columns of each kind of row (design: rows). `chosen`/`rejected` rows are read as rankings with K = 2.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -27,22 +29,18 @@ KINDS: dict[str, tuple[str, ...]] = {
 Text = str | list[dict[str, str]]  # a string, or a conversation: [{"role": ..., "content": ...}, ...]
 
 
-class InputError(ValueError):
-    """A mistake in what the user passed in. The message is one line: where, what was expected, what to do."""
-
-
 def load_rows(source: str, kind: str, split: str = "train") -> Dataset:
     """
     Load and check the rows of one kind.
 
     Args:
         source (`str`):
-            A `.jsonl`, `.json`, `.csv`, `.parquet` or `.txt` file (one text a line, kind `"pretraining"` only), a
-            folder written by `Dataset.save_to_disk`, or the id of a dataset on the hub.
+            A `.jsonl`, `.json`, `.csv`, `.parquet` or `.txt` file in UTF-8 (`.txt` has one text a line, kind
+            `"pretraining"` only), a folder written by `save_to_disk`, or the id of a dataset on the hub.
         kind (`str`):
             `"demonstration"`, `"ranking"`, `"prompt"` or `"pretraining"`.
         split (`str`, *optional*, defaults to `"train"`):
-            Split to take, for a hub id.
+            Split to take, for a hub id or a folder of several.
 
     Returns:
         `Dataset` with the columns of `kind` (see `KINDS`) and whatever other columns the rows have.
@@ -52,46 +50,31 @@ def load_rows(source: str, kind: str, split: str = "train") -> Dataset:
     """
     path = Path(source)
     suffix = path.suffix.lower()
-    if path.is_dir():
-        return check_rows(load_from_disk(source), kind, source)
-    if not path.exists():
-        if suffix in {".jsonl", ".json", ".csv", ".parquet", ".txt"}:
-            raise InputError(f"{source}: no such file; check the path (working directory: {os.getcwd()})")
-        try:
-            return check_rows(load_dataset(source, split=split), kind, source)
-        except InputError:
-            raise
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0]
-            raise InputError(f"{source}: neither a file, a folder nor a hub dataset with a split '{split}': {reason}")
-    if suffix == ".txt":
-        lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [{"text": line.strip()} for line in lines if line.strip()]
-        return check_rows(_from_list(rows, source), kind, source)
-    if suffix in {".jsonl", ".json"}:
-        # Read line by line, so that a wrong row is named by its line and not by a column type of the whole file
-        rows, places = _read_json(path)
+    if path.is_file() and suffix not in {*READERS, ".parquet"}:
+        raise InputError(f"{source}: unknown file type '{suffix}'; use .jsonl, .json, .csv, .parquet or .txt")
+    if not path.exists() and suffix in {*READERS, ".parquet"}:
+        raise InputError(f"{source}: no such file; check the path (working directory: {os.getcwd()})")
+    if suffix in READERS and path.is_file():
+        # Read row by row, so that a wrong row is named by its place and not by a column type of the whole file
+        rows, places = READERS[suffix](path)
         rows = [check_row(row, kind, place) for row, place in zip(rows, places, strict=True)]
-        return _from_list(rows, source)
-    if suffix in {".csv", ".parquet"}:
-        dataset = load_dataset(suffix[1:], data_files=source, split="train")
-        return check_rows(dataset, kind, source)
-    raise InputError(f"{source}: unknown file type '{suffix}'; use .jsonl, .json, .csv, .parquet or .txt")
+        return _from_list(rows, str(source))
+    return check_rows(load_arrow(str(source), split), kind, str(source))
 
 
 def check_rows(dataset: Dataset | IterableDataset, kind: str, source: str = "dataset") -> Dataset | IterableDataset:
     """
-    Check every row of `dataset` against its kind. Rankings come back with `prompt`, `completions` and `ranks`, whatever
-    they came as (`chosen`/`rejected`, or lists written as JSON text in a CSV). An `IterableDataset` is checked while it
-    is read.
+    Check every row of `dataset` against its kind. Rankings come back with `prompt`, `completions` and `ranks`,
+    whatever they came as (`chosen`/`rejected`, or lists written as JSON text). An `IterableDataset` is checked while
+    it is read.
 
     Raises:
-        [`InputError`]: the first wrong row, what was expected and the fix; or the dataset is empty.
+        [`InputError`]: the first wrong row (counted from 0), what was expected and the fix; or the dataset is empty.
     """
     if isinstance(dataset, IterableDataset):
         return dataset.map(lambda row, index: check_row(row, kind, f"{source}, row {index}"), with_indices=True)
     if len(dataset) == 0:
-        raise InputError(f"{source}: no rows; expected rows of kind '{kind}' ({', '.join(KINDS[kind])})")
+        raise InputError(f"{source}: no rows; expected rows of kind '{kind}' ({', '.join(KINDS[kind])}); add some")
     checked = (check_row(row, kind, f"{source}, row {index}") for index, row in enumerate(dataset))
     if kind != "ranking" or set(KINDS["ranking"]) <= set(dataset.column_names) and _has_lists(dataset):
         for _ in checked:  # nothing to convert: keep the dataset as it is
@@ -125,6 +108,7 @@ def check_row(row: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
         _check_text(row["prompt"], f"{where}, column 'prompt'", allow_empty=kind == "ranking")
     if kind == "demonstration":
         _check_text(row["completion"], f"{where}, column 'completion'")
+        _check_forms(row["prompt"], row["completion"], f"{where}, column 'completion'")
     if kind == "pretraining":
         _check_text(row["text"], f"{where}, column 'text'", conversation=False)
     if kind == "ranking":
@@ -135,7 +119,8 @@ def check_row(row: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
 def _as_ranking(row: dict[str, Any], where: str) -> dict[str, Any]:
     """A ranking row from `chosen`/`rejected`, or from lists written as JSON text; other rows as they are."""
     if row.get("completions") is None and row.get("chosen") is not None and row.get("rejected") is not None:
-        if row.get("prompt") is None and isinstance(row["chosen"], list):
+        both_talk = all(isinstance(row[key], list) and row[key] for key in ("chosen", "rejected"))
+        if row.get("prompt") is None and both_talk:
             row = extract_prompt(row)
         rest = {key: value for key, value in row.items() if key not in ("prompt", "chosen", "rejected")}
         prompt = "" if row.get("prompt") is None else row["prompt"]
@@ -163,6 +148,7 @@ def _check_ranking(row: dict[str, Any], where: str) -> None:
         )
     for k, completion in enumerate(completions):
         _check_text(completion, f"{where}, completion {k}")
+        _check_forms(row["prompt"], completion, f"{where}, completion {k}")
     if not isinstance(ranks, list) or len(ranks) != len(completions):
         got = f"{len(ranks)}" if isinstance(ranks, list) else type(ranks).__name__
         raise InputError(
@@ -195,6 +181,14 @@ def _check_text(value: Any, where: str, allow_empty: bool = False, conversation:
             raise InputError(f"{where}: an assistant message is empty; expected some text; fill it in or drop the row")
 
 
+def _check_forms(prompt: Text, completion: Text, where: str) -> None:
+    if isinstance(prompt, str) and not isinstance(completion, str):
+        raise InputError(
+            f"{where}: a conversation, but the prompt is a string; expected both alike; write the prompt as a "
+            f"conversation too"
+        )
+
+
 def _columns(kind: str) -> str:
     return "columns " + ", ".join(KINDS[kind])
 
@@ -205,39 +199,19 @@ def _has_lists(dataset: Dataset) -> bool:
 
 def _from_list(rows: list[dict[str, Any]], source: str) -> Dataset:
     if not rows:
-        raise InputError(f"{source}: no rows; expected at least one")
+        raise InputError(f"{source}: no rows; expected at least one; add some")
+    columns = list(dict.fromkeys(column for row in rows for column in row))  # `from_list` takes the first row's only
     try:
-        return Dataset.from_list(rows)
+        return Dataset.from_list([{column: row.get(column) for column in columns} for row in rows])
     except Exception as error:  # pyarrow: a column that is text in one row and a conversation in another
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{source}: rows of different types cannot be mixed in one file ({reason}); make them alike")
-
-
-def _read_json(path: Path) -> tuple[list[Any], list[str]]:
-    """Rows of a JSON or JSON Lines file, and the place of each ("FILE, row N", from 1 as an editor counts lines)."""
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}: not valid JSON: {error}") from None
-        return rows, [f"{path}, row {n}" for n in range(1, len(rows) + 1)]
-    rows, places = [], []
-    for n, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}, row {n}: not valid JSON ({error.msg}, column {error.colno}); correct it"
-            ) from None
-        places.append(f"{path}, row {n}")
-    return rows, places
+        raise InputError(
+            f"{source}: rows of different types cannot be mixed in one file ({reason}); make them alike"
+        ) from None
 
 
 def as_conversations(dataset: Dataset) -> Dataset:
-    """Turn plain-text prompts and completions into conversations of a user and an assistant message, for chat models."""
+    """Plain-text prompts and completions as conversations of a user and an assistant message, for chat models."""
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         out: dict[str, Any] = {}
@@ -311,7 +285,13 @@ def pack_texts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, length: int
 
     Returns:
         `Dataset` with the one column `input_ids`.
+
+    Raises:
+        [`InputError`]: the tokenizer has no EOS token.
     """
+
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no EOS token; set tokenizer.eos_token before training")
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
         return {"input_ids": [*tokenizer(row["text"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]}

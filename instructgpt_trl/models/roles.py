@@ -60,27 +60,26 @@ class Role:
         # PEFT's switches set and clear `requires_grad` as a side effect
         flags = [(p, p.requires_grad) for p in self.network.parameters()]
         before = self.network.active_adapter
-        if self.adapter is None:
-            with self.network.disable_adapter():
+        try:
+            if self.adapter is None:
+                with self.network.disable_adapter():
+                    _restore(flags)
+                    yield
+            else:
+                self.network.set_adapter(self.adapter)
                 _restore(flags)
-                yield
-        else:
-            self.network.set_adapter(self.adapter)
+                try:
+                    yield
+                finally:
+                    self.network.set_adapter(before)
+        finally:
             _restore(flags)
-            try:
-                yield
-            finally:
-                self.network.set_adapter(before)
-        _restore(flags)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The role's own parameters by name: its adapter, or all of a full network, and its head."""
-        marker = f".{self.adapter}."
-        own = {
-            name: parameter
-            for name, parameter in self.network.named_parameters()
-            if not isinstance(self.network, PeftModel) or (self.adapter is not None and marker in name)
-        }
+        own = dict(self.network.named_parameters())
+        if isinstance(self.network, PeftModel):
+            own = {} if self.adapter is None else adapter_parameters(self.network, self.adapter)
         if self.head is not None:
             own |= {f"head.{name}": parameter for name, parameter in self.head.named_parameters()}
         return own
@@ -191,7 +190,11 @@ def build_roles(
 def _reference(policy: Network, temperature: float) -> Role:
     """The policy as it is now, frozen: a copy of its adapter, or the adapters off, or a copy of the whole model."""
     if isinstance(policy, PeftModel):
-        return Role(policy, "ref" if "ref" in policy.peft_config else None)
+        if "ref" not in policy.peft_config:
+            return Role(policy, None)
+        # The parent's copy goes by names, and misses adapters of embeddings
+        _load_adapter(policy, "ref", _adapter_state(policy, "default"))
+        return Role(policy, "ref")
     network = copy.deepcopy(policy)
     network.__dict__.pop("forward", None)  # the policy's fused head is bound to the policy
     add_fused_lm_head(network, temperature=temperature)
@@ -215,7 +218,7 @@ def _reward(policy: Network, parts: RewardParts, index: int) -> Role:
 def _value_from_reward(reward: Role, peft_config: PeftConfig | None) -> Role:
     head = copy.deepcopy(reward.head)
     if isinstance(reward.network, PeftModel):
-        state = get_peft_model_state_dict(reward.network, adapter_name=reward.adapter)
+        state = _adapter_state(reward.network, reward.adapter)
         _add_adapter(reward.network, "value", _plain(reward.network.peft_config[reward.adapter]), _without_head(state))
         return Role(reward.network, "value", head)
     if peft_config is None:
@@ -231,8 +234,7 @@ def _value_from_policy(policy: Network) -> Role:
     head = _head(torch.zeros(1, size), 0.0)
     if not isinstance(policy, PeftModel):
         return Role(copy.deepcopy(policy.base_model), None, head)
-    state = get_peft_model_state_dict(policy, adapter_name="default")
-    _add_adapter(policy, "value", _plain(policy.peft_config["default"]), state)
+    _add_adapter(policy, "value", _plain(policy.peft_config["default"]), _adapter_state(policy, "default"))
     return Role(policy, "value", head)
 
 
@@ -254,13 +256,34 @@ def _without_head(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: tensor for key, tensor in state.items() if ".score." not in key and ".classifier." not in key}
 
 
+def adapter_parameters(network: PeftModel, adapter: str) -> dict[str, nn.Parameter]:
+    """
+    An adapter's parameters by name. PEFT keeps adapters in dictionaries by their names, whatever their kind; the name
+    alone does not tell, since a base may have a module called `value`.
+    """
+    own = tuple(
+        f"{name}.{adapter}."
+        for name, module in network.named_modules()
+        if isinstance(module, nn.ModuleDict | nn.ParameterDict) and adapter in module
+    )
+    return {name: parameter for name, parameter in network.named_parameters() if f"{name}.".startswith(own)}
+
+
+def _adapter_state(network: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
+    return get_peft_model_state_dict(network, adapter_name=adapter, save_embedding_layers=False)
+
+
 def _add_adapter(network: PeftModel, name: str, config: PeftConfig, state: dict[str, torch.Tensor]) -> None:
-    """Add the adapter `name` with the weights `state`; every weight must find its place."""
     network.add_adapter(name, config)
+    _load_adapter(network, name, state)
+
+
+def _load_adapter(network: PeftModel, name: str, state: dict[str, torch.Tensor]) -> None:
+    """Set the weights of the adapter `name`; every weight must find its place."""
     result = set_peft_model_state_dict(network, state, adapter_name=name)
-    missing = [key for key in result.missing_keys if f".{name}." in key]
-    if missing or result.unexpected_keys:
-        keys = [*missing, *result.unexpected_keys]
+    own = adapter_parameters(network, name)
+    keys = [*(key for key in result.missing_keys if key in own), *result.unexpected_keys]
+    if keys:
         raise InputError(f"adapter '{name}' does not fit the base: {len(keys)} weights differ, first {keys[0]}")
 
 
