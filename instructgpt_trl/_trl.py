@@ -12,7 +12,14 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import add_fused_lm_head, create_model_from_path, disable_dropout_in_model, get_config_model_id
+from trl.trainer.utils import (
+    add_fused_lm_head,
+    create_model_from_path,
+    disable_dropout_in_model,
+    get_callable_name,
+    get_config_model_id,
+    is_async_callable,
+)
 
 __all__ = [
     "OVERRIDDEN",
@@ -20,16 +27,45 @@ __all__ = [
     "create_model_from_path",
     "disable_dropout_in_model",
     "disable_gradient_checkpointing",
+    "get_callable_name",
     "get_config_model_id",
+    "is_async_callable",
     "precision",
     "preserved_rng",
 ]
 
 # (class, method): overridden in our subclass, or called although it is private
 OVERRIDDEN: dict[str, tuple[str, ...]] = {
-    "SFTTrainer": (),
-    "RewardTrainer": (),
-    "RLOOTrainer": (),
+    "SFTConfig": ("__post_init__",),
+    "SFTTrainer": ("__init__", "train", "evaluate", "evaluation_loop", "_prepare_dataset"),
+    "RewardConfig": ("__post_init__",),
+    "RewardTrainer": (
+        "__init__",
+        "train",
+        "_prepare_dataset",
+        "_set_signature_columns_if_needed",
+        "compute_loss",
+        "log",
+        "_save",
+    ),
+    "RLOOConfig": ("__post_init__",),
+    "RLOOTrainer": (
+        "__init__",
+        "train",
+        "evaluate",
+        "training_step",
+        "prediction_step",
+        "create_optimizer",
+        "create_scheduler",
+        "_tokenize_prompts",
+        "_generate_single_turn",
+        "_generate",
+        "_calculate_rewards",
+        "_prepare_inputs",
+        "_clip_grad_norm",
+        "_save",
+        "_load_from_checkpoint",
+    ),
 }
 
 
@@ -48,7 +84,7 @@ def precision(config) -> None:
 
 @contextmanager
 def preserved_rng() -> Iterator[None]:
-    """Leave the random number generators of Python, NumPy and torch as they were: a constructor's seeds stay inside."""
+    """Leave the random number generators of Python, NumPy and torch as they were: seeds set inside stay inside."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     try:

@@ -5,6 +5,8 @@ import json
 import os
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,18 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers import (
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
 from transformers.utils import logging
 from trl import RLOOTrainer
 
-from ._trl import add_fused_lm_head, disable_dropout_in_model, get_config_model_id, preserved_rng
+from ._trl import add_fused_lm_head, get_callable_name, get_config_model_id, is_async_callable, preserved_rng
 from .data import InputError, check_output_dir, check_rows, check_tokenizers, encode_prompt
 from .data.episodes import Episodes, pad_episodes, take_rows
 from .data.pretraining import PretrainingStream, as_episodes
@@ -27,7 +36,7 @@ from .functional import gae, policy_loss, token_rewards, value_loss, whiten
 from .models.ema import EMA
 from .models.loading import float32_adapters, load_policy, load_tokenizer
 from .models.reward_model import RewardModel, reward_parts
-from .models.roles import Role, build_roles, load_parameters, save_parameters
+from .models.roles import Role, build_roles, disable_dropout, load_parameters, save_parameters
 from .ppo_config import PPOConfig
 
 logger = logging.get_logger(__name__)
@@ -59,9 +68,10 @@ class PPOTrainer(RLOOTrainer):
 
     Neutral setting: `ptx_coef=0` (or no `ptx_dataset`) is plain PPO, bit for bit.
 
-    Overrides: `__init__`, `train`, `evaluate`, `training_step`, `prediction_step`, `create_optimizer`,
+    Overrides: `__init__`, `train`, `evaluate`, `log`, `training_step`, `prediction_step`, `create_optimizer`,
     `create_scheduler`, and of the private methods `_tokenize_prompts`, `_generate_single_turn`, `_prepare_inputs`,
-    `_clip_grad_norm`, `_save`, `_load_from_checkpoint`; calls `_generate` and `_calculate_rewards`.
+    `_clip_grad_norm`, `_save`, `_load_from_checkpoint`, `_load_best_model`; calls `_generate` and
+    `_calculate_rewards`.
 
     Refuses: several processes, images, an optimizer from outside, sampling that cuts the policy's distribution.
     """
@@ -105,9 +115,8 @@ class PPOTrainer(RLOOTrainer):
             ptx_dataset = check_rows(ptx_dataset, "pretraining", "ptx_dataset")
         check_output_dir(args.output_dir)
 
-        with preserved_rng():
+        with preserved_rng(), _restored(args, "beta", "model_init_kwargs"):
             set_seed(args.seed)
-            model_init_kwargs = args.model_init_kwargs
             if isinstance(model, str):
                 model, tokenizer = _load(model, args, quantization_config)
                 processing_class = processing_class or tokenizer
@@ -130,7 +139,7 @@ class PPOTrainer(RLOOTrainer):
                 super().__init__(
                     model,
                     [_RewardRole(self, f"reward_model_{i}" if i else "reward_model") for i in range(len(parts))]
-                    + functions,
+                    + [_finite(function, self) for function in functions],
                     args=args,
                     train_dataset=train_dataset,
                     eval_dataset=eval_dataset,
@@ -141,8 +150,7 @@ class PPOTrainer(RLOOTrainer):
                     quantization_config=quantization_config,
                     peft_config=None if isinstance(model, PeftModel) else peft_config,
                 )
-            args.beta = self.beta = beta
-            args.model_init_kwargs = model_init_kwargs
+            self.beta = beta
             self._set_up_roles(parts, peft_config)
             self._set_up_state(ptx_dataset)
 
@@ -162,7 +170,7 @@ class PPOTrainer(RLOOTrainer):
             if role.head is not None:
                 role.head.to(self.accelerator.device)
             if self.args.disable_dropout:
-                disable_dropout_in_model(role.network)
+                disable_dropout(role.network)
             role.autocast = self.accelerator.autocast
         value = self.roles.value.network
         if value is not self.model and self.args.gradient_checkpointing:
@@ -179,6 +187,7 @@ class PPOTrainer(RLOOTrainer):
         self._episodes: Episodes | None = None
         self._order: torch.Tensor | None = None
         self._sums: dict[str, float] = defaultdict(float)
+        self._evaluated = ""  # name of the evaluation set, where there are several
         self._ptx_stream = None
         if ptx_dataset is not None and args.ptx_coef:
             model = self.roles.policy.model
@@ -244,7 +253,8 @@ class PPOTrainer(RLOOTrainer):
         rewards = token_rewards(scores, logprobs, ref_logprobs, episodes["mask"], self.kl_coef)
         advantages, returns = gae(rewards, values, episodes["mask"], self.args.gamma, self.args.lam)
         kl = torch.where(episodes["mask"], logprobs - ref_logprobs, 0.0).sum(1)
-        self._log_rollout(episodes, entropies, kl, scores, values, returns)
+        kl[~episodes["mask"].any(1)] = torch.nan  # nothing of it counts
+        self._log_rollout(episodes, entropies, kl, scores, score_parts, values, returns)
         self._log_completions(rows, score_parts, scores, kl, advantages)
         self._adapt_kl_coef(kl)
         if self.args.normalize_advantages:
@@ -268,7 +278,10 @@ class PPOTrainer(RLOOTrainer):
         return {name: tensor.to(self.accelerator.device) for name, tensor in episodes.items()}, rows
 
     def _scores(self, rows: list[dict[str, Any]], episodes: Episodes) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B,) scores, and (B, F) before they were weighted and summed. A row without any score is masked out."""
+        """
+        (B,) scores, and (B, F) before they were weighted and summed. A row without any score is masked out, its score
+        NaN, which no sum sees and `log` leaves out of means.
+        """
         columns = [[row[name] for row in rows] for name in ("prompt", "completion", "completion_ids")]
         parts = self._calculate_rewards(rows, *columns)
         unscored = torch.isnan(parts).all(1)
@@ -277,9 +290,8 @@ class PPOTrainer(RLOOTrainer):
             scores = scores.clamp(*self.reward_clip_range)
         if self.args.missing_eos_score is not None:
             scores = torch.where(episodes["ended"], scores, self.args.missing_eos_score)
-        self._stop_unless_finite(scores, "a score of the reward model or function")
         episodes["mask"] = episodes["mask"] & ~unscored[:, None]
-        return scores, parts
+        return scores.masked_fill(unscored, torch.nan), parts
 
     # Update
 
@@ -397,11 +409,19 @@ class PPOTrainer(RLOOTrainer):
 
     # Evaluation
 
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """As the parent's, on completions sampled from the config's seed each time; the caller's generators go on."""
         with preserved_rng():
             set_seed(self.args.seed)
-            return super().evaluate(*args, **kwargs)
+            self._evaluated = metric_key_prefix.removeprefix("eval").removeprefix("_")
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the parent's, but several evaluation sets have names of their own: `eval_<set>_objective/scores`."""
+        if self._evaluated and not self.model.training:
+            self._metrics["eval"] = {f"{self._evaluated}_{name}": rows for name, rows in self._metrics["eval"].items()}
+        super().log(logs, start_time)
+        self._metrics["eval"] = defaultdict(list)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None) -> tuple[None, None, None]:
         """Evaluation is a rollout: its scores, KL and lengths are the metrics."""
@@ -415,11 +435,13 @@ class PPOTrainer(RLOOTrainer):
         return ids, None, {}
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields) -> list[list[int]]:
-        with self.roles.policy.active():
+        # `generate` fills what the trainer's config leaves open from the model's own, which may cut the distribution
+        with self.roles.policy.active(), _restored(self.roles.policy.model, "generation_config"):
+            self.roles.policy.model.generation_config = GenerationConfig()
             completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields)
         if any(len(ids) == 0 for ids in completion_ids):
             raise RuntimeError(f"step {self.state.global_step}: an empty completion; check the generation settings")
-        if all(ids[0] in self.eos_token_ids for ids in completion_ids):
+        if self.model.training and all(ids[0] in self.eos_token_ids for ids in completion_ids):
             raise RuntimeError(
                 f"step {self.state.global_step}: every completion is EOS alone: the policy has collapsed or the "
                 f"prompts already end a turn; look at the prompts, lower learning_rate or raise beta"
@@ -428,29 +450,36 @@ class PPOTrainer(RLOOTrainer):
 
     # Metrics and completions
 
-    def _log_rollout(self, episodes, entropies, kl, scores, values, returns) -> None:
+    def _log_rollout(self, episodes, entropies, kl, scores, parts, values, returns) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]
         mask = episodes["mask"]
-        counts = mask.sum(1).clamp(min=1)
         per_row = {  # one entry a completion: the parent's mean over entries is the mean over completions
             "objective/kl": kl,
             "objective/scores": scores,
             "objective/rlhf_reward": scores - self.kl_coef * kl,
-            "objective/entropy": torch.where(mask, entropies, 0.0).sum(1) / counts,
+            "objective/entropy": torch.where(mask, entropies, 0.0).sum(1) / mask.sum(1),
             "completions/eos_rate": episodes["ended"].float(),
-        }
+            "completions/mean_length": episodes["completion_lengths"].float(),
+        } | {f"rewards/{name}/mean": column for name, column in zip(self.reward_func_names, parts.T, strict=True)}
+        metrics["completions/mean_length"].pop()  # the parent's, a mean of the batch, which may be the small last one
+        if self.roles.reference is None:
+            del per_row["objective/kl"]
         for name, rows in per_row.items():
             metrics[name].extend(rows.tolist())
-        metrics["objective/scores_std"].append(scores.std(correction=0).item())
+        metrics["objective/scores_std"].append(scores[~scores.isnan()].std(correction=0).item())
         metrics["objective/kl_coef"].append(self.kl_coef)
         residual, target = (returns - values)[mask], returns[mask]
         if len(target) and target.var(correction=0) > 0:
             explained = 1 - residual.var(correction=0) / target.var(correction=0)
             metrics["value/explained_variance"].append(explained.item())
+        for name, numbers in self._pending_metrics.items():  # what reward functions gave to `log_metric`
+            metrics[name].extend(numbers)
+        self._pending_metrics.clear()
 
     def _adapt_kl_coef(self, kl: torch.Tensor) -> None:
         """[L] AdaptiveKLController: raise `beta` while the KL is over its target, lower it while it is under."""
-        if self.args.kl_target is not None and self.model.training:
+        kl = kl[~kl.isnan()]
+        if self.args.kl_target is not None and self.model.training and len(kl):
             error = max(-0.2, min(0.2, kl.mean().item() / self.args.kl_target - 1))
             self.kl_coef *= 1 + error * len(kl) / self.args.kl_horizon
 
@@ -459,9 +488,12 @@ class PPOTrainer(RLOOTrainer):
         self._logs["prompt"].extend(prompts)
         self._logs["completion"].extend(completions)
         self._logs["advantages"].extend(advantages.sum(1).tolist())
-        parts = {name: score_parts[:, i].tolist() for i, name in enumerate(self.reward_func_names)}
-        for name, values in parts.items():
-            self._logs["rewards"][name].extend(values)
+        parts = dict(zip(self.reward_func_names, score_parts.T, strict=True))
+        for name, column in parts.items():
+            self._logs["rewards"][name].extend(column.tolist())
+        for column, values in self._pending_extra_logs.items():  # and to `log_extra`
+            self._logs["extra"][column].extend(values)
+        self._pending_extra_logs.clear()
         if not (self.args.save_completions and self.model.training):
             return
         path = Path(self.args.output_dir) / "completions.jsonl"
@@ -469,8 +501,8 @@ class PPOTrainer(RLOOTrainer):
         with path.open("a" if self.state.global_step else "w", encoding="utf-8") as file:
             for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
                 row = {"step": self.state.global_step, "prompt": prompt, "completion": completion}
-                row |= {"score": scores[i].item(), "kl": kl[i].item()}
-                row |= {"scores": {name: values[i] for name, values in parts.items()}}
+                row |= {"score": _number(scores[i]), "kl": _number(kl[i]) if self.roles.reference else None}
+                row |= {"scores": {name: _number(column[i]) for name, column in parts.items()}}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def _add(self, name: str, value: torch.Tensor) -> None:
@@ -514,6 +546,10 @@ class PPOTrainer(RLOOTrainer):
         load_parameters(self._value_parameters, str(folder / VALUE_FILE))
         self.kl_coef = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["kl_coef"]
 
+    def _load_best_model(self) -> None:
+        """All of that checkpoint, so that average and value model belong to the policy they are saved with."""
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
     def _load_policy(self, folder: Path) -> None:
         if isinstance(self.model, PeftModel):
             set_peft_model_state_dict(self.model, load_file(folder / "adapter_model.safetensors"), "default")
@@ -531,7 +567,30 @@ class _RewardRole:
         trainer = self.trainer
         episodes = pad_episodes(prompt_ids, completion_ids, trainer._tokenizer.pad_token_id)
         episodes = {name: tensor.to(trainer.accelerator.device) for name, tensor in episodes.items()}
-        return trainer._run_role(self.role, "scores", episodes)[0][:, 0].tolist()
+        scores = trainer._run_role(self.role, "scores", episodes)[0][:, 0]
+        trainer._stop_unless_finite(scores, f"a score of '{self.__name__}'")
+        return scores.tolist()
+
+
+def _finite(function: Callable, trainer: PPOTrainer) -> Callable:
+    """A reward function that stops the run at NaN or infinity, where TRL takes NaN, like `None`, as no score."""
+
+    def checked(scores: Any) -> Any:
+        given = [score for score in scores if score is not None]
+        trainer._stop_unless_finite(torch.tensor(given, dtype=torch.float), f"a score of '{wrapped.__name__}'")
+        return scores
+
+    if is_async_callable(function):
+
+        async def wrapped(**kwargs):
+            return checked(await function(**kwargs))
+    else:
+
+        def wrapped(**kwargs):
+            return checked(function(**kwargs))
+
+    wrapped.__name__ = get_callable_name(function)
+    return wrapped
 
 
 class _StepCallback(TrainerCallback):
@@ -546,6 +605,21 @@ class _StepCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.ema is not None:
             self.trainer.ema.update()
+
+
+@contextmanager
+def _restored(owner: Any, *names: str) -> Iterator[None]:
+    """Afterwards these attributes are what they were before, whatever happened."""
+    before = {name: getattr(owner, name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+def _number(x: torch.Tensor) -> float | None:
+    return None if x.isnan() else x.item()
 
 
 def _mean(x: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .._trl import add_fused_lm_head, get_config_model_id
+from .._trl import add_fused_lm_head, disable_dropout_in_model, get_config_model_id
 from ..data import InputError
 from ..data.episodes import Episodes, attention_mask, before_tokens, completion_labels, last_token, take_rows
 from .loading import same_base
@@ -290,6 +290,18 @@ def _load_adapter(network: PeftModel, name: str, state: dict[str, torch.Tensor])
 def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
+
+
+def disable_dropout(network: nn.Module) -> None:
+    """
+    Switch off all dropout of a network, whatever mode it is in: old and new log-probs must come from one function.
+    TRL's own does so for modules; Llama's attention, and layerdrop, read their probability from a number.
+    """
+    disable_dropout_in_model(network)
+    for module in network.modules():
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def save_parameters(parameters: dict[str, nn.Parameter], path: str) -> None:

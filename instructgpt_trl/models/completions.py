@@ -1,0 +1,59 @@
+"""Greedy completions of prompts, for scoring a model between training steps."""
+
+import copy
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def greedy_completions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[list[int]], max_new_tokens: int
+) -> list[str]:
+    """
+    Greedy completions as text, without special tokens; the model's training mode is left as it was.
+
+    Args:
+        model (`PreTrainedModel`): unwrapped causal language model.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer; without a pad token EOS pads.
+        prompt_ids (`list[list[int]]`): B prompts, padded on the left here.
+        max_new_tokens (`int`): longest completion in tokens.
+
+    Returns:
+        `list[str]` of length B.
+    """
+    rows = [torch.tensor(ids) for ids in prompt_ids]
+    config = greedy_config(model, tokenizer, max_new_tokens)
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=config.pad_token_id, padding_side="left")
+    # From lengths, not from `id != pad`: pad may be EOS
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    training = model.training
+    model.eval()
+    try:
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=config,
+        )
+    finally:
+        model.train(training)
+    return tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def greedy_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
+    """The model's own generation config, but greedy, and ending at the tokenizer's EOS as well as at its own."""
+    config = copy.deepcopy(model.generation_config)
+    own = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    config.update(
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        max_new_tokens=max_new_tokens,
+        max_length=None,
+        use_cache=True,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        eos_token_id=sorted({token for token in (*own, tokenizer.eos_token_id) if token is not None}),
+    )
+    return config

@@ -1,0 +1,377 @@
+"""The SFT stage: TRL's `SFTTrainer` with residual dropout, a pretraining mix, and a score to choose checkpoints by."""
+
+import copy
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import trl
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.data.data_collator import DataCollator
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
+from trl.models import unwrap_model_for_generation
+
+from ._trl import get_config_model_id, preserved_rng
+from .data import InputError, check_output_dir, check_rows, encode_prompt, pack_texts
+from .data.demonstrations import IMAGES, check_demonstrations, columns_of, cut_report, mix
+from .data.formats import Text, split_by_length
+from .models.completions import greedy_completions
+from .models.dropout import residual_dropout, residual_places
+from .models.loading import float32_adapters, is_adapter, load_policy
+from .sft_config import SFTConfig
+
+if TYPE_CHECKING:
+    from .models.reward_model import RewardModel
+
+logger = get_logger(__name__)
+
+Rows = Dataset | IterableDataset
+
+
+class SFTTrainer(trl.SFTTrainer):
+    r"""
+    Supervised fine-tuning on demonstrations, as in InstructGPT 3.5, C.1 and C.3: TRL's [`~trl.SFTTrainer`], plus
+
+    - residual dropout while training (`args.residual_dropout`), on architectures with and without their own;
+    - pretraining text mixed in (`pretraining_dataset`, `args.pretraining_fraction`);
+    - `eval_rm_score`, the mean reward-model score of greedy completions, at each evaluation (`reward_model`). Choose
+      the checkpoint by it with `metric_for_best_model="eval_rm_score"` and `load_best_model_at_end=True`;
+    - an adapter folder as `model`: its weights are trained on, its base is found from its config.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            As the parent's, or an adapter folder.
+        args, data_collator, train_dataset, eval_dataset, processing_class, compute_loss_func, compute_metrics,
+        callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config,
+        peft_config, formatting_func:
+            As the parent's.
+        pretraining_dataset ([`~datasets.Dataset`], *optional*):
+            Rows of kind `"pretraining"`. Packed into blocks of `args.max_length` tokens, of which as many are added to
+            the training set as make `args.pretraining_fraction` of it; every token of a block counts in the loss.
+        reward_model (`str` or [`RewardModel`], *optional*):
+            Folder of a reward model, or any object with `score(prompts, completions) -> list[float]`.
+        prompt_dataset ([`~datasets.Dataset`], *optional*):
+            Rows of kind `"prompt"` that are completed and scored. Defaults to the prompts of `eval_dataset`. Several
+            evaluation sets share one score; sets passed to `evaluate` get none.
+
+    Neutral setting: `residual_dropout=0`, no `pretraining_dataset`, no `reward_model` equals the parent.
+
+    Overrides: `__init__`, `train`, `evaluate`, `evaluation_loop`, `_prepare_dataset`.
+
+    Differs from TRL: rows over `max_length` are counted and named; the constructor leaves the caller's random number
+    generators alone and `train` seeds; adapters on a quantised base stay float32.
+
+    Raises:
+        [`InputError`]: a wrong row or argument, before a model is loaded; an architecture that residual dropout is not
+        known for.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: SFTConfig | TrainingArguments | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        formatting_func: Callable[[dict], str] | None = None,
+        *,
+        pretraining_dataset: Dataset | None = None,
+        reward_model: "str | RewardModel | None" = None,
+        prompt_dataset: Rows | None = None,
+    ):
+        args = _as_sft_config(args, model)
+        check_output_dir(args.output_dir)
+        train_dataset = _checked(train_dataset, "train_dataset", args, formatting_func)
+        eval_dataset = _checked(eval_dataset, "eval_dataset", args, formatting_func)
+        if pretraining_dataset is not None and train_dataset is not None:
+            _check_mix(pretraining_dataset, train_dataset, args)
+        prompts = _validation_prompts(reward_model, prompt_dataset, eval_dataset, args)
+        from_adapter = isinstance(model, str) and is_adapter(model)
+        if from_adapter and peft_config is not None:
+            raise InputError(f"{model} is an adapter, whose own weights are trained on; leave out peft_config")
+
+        with preserved_rng():
+            if from_adapter:
+                model, tokenizer = load_policy(model, **_model_init_kwargs(args, quantization_config))
+                processing_class = tokenizer if processing_class is None else processing_class
+                quantization_config = None
+            self.reward_model = _load_reward_model(reward_model)
+            # Read by `_prepare_dataset`, which the parent's constructor calls
+            self._mix_into = None if pretraining_dataset is None else train_dataset
+            self._pretraining_dataset = pretraining_dataset
+            self._block_length = None if pretraining_dataset is None else _block_length(model, args)
+            with float32_adapters(model):
+                super().__init__(
+                    model=model,
+                    args=args,
+                    data_collator=data_collator,
+                    train_dataset=train_dataset,
+                    eval_dataset=eval_dataset,
+                    processing_class=processing_class,
+                    compute_loss_func=compute_loss_func,
+                    compute_metrics=compute_metrics,
+                    callbacks=callbacks,
+                    optimizers=optimizers,
+                    optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                    preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                    quantization_config=quantization_config,
+                    peft_config=peft_config,
+                    formatting_func=formatting_func,
+                )
+            self._pretraining_dataset = None
+        if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
+            with float32_adapters(self.model):  # the parent casts a new adapter to bfloat16: back to float32
+                pass
+        if args.residual_dropout:
+            residual_places(self.model)  # refuse an unknown architecture now, not in `train`
+        self._score_name = None
+        self._score_prompts = self._encode_prompts(prompts)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        # The constructor gave the caller's generators back, so the seed is set here, as the parent's constructor does
+        set_seed(self.args.seed)
+        with residual_dropout(self.model, self.args.residual_dropout):
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def evaluate(
+        self,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        # With several evaluation sets the parent calls this method again for each, by name: they share one score.
+        # Sets passed in by the caller are not the validation prompts, so they get none.
+        if self.reward_model is None or eval_dataset is not None:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._score_name = f"{metric_key_prefix}_rm_score"
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._score_name = None
+
+    def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
+        output = super().evaluation_loop(*args, **kwargs)
+        if self._score_name is not None:
+            name, self._score_name = self._score_name, None
+            output.metrics[name] = self._rm_score()
+        return output
+
+    def _prepare_dataset(
+        self,
+        dataset: Rows,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        args: SFTConfig,
+        packing: bool,
+        formatting_func: Callable[[dict], str] | None,
+        dataset_name: str,
+    ) -> Rows:
+        if isinstance(dataset, IterableDataset):  # cut while it is read
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        # First without any cut, to report what the cut will do; the parent recognises encoded rows and only cuts them
+        uncut = copy.copy(args)
+        uncut.max_length, uncut.shuffle_dataset = None, False
+        encoded = super()._prepare_dataset(dataset, processing_class, uncut, False, formatting_func, dataset_name)
+        report = cut_report(encoded, _kept(args, packing), drops_masked=not packing)
+        if report is not None:
+            logger.warning(f"{dataset_name} dataset, max_length={args.max_length}: {report}")
+        prepared = super()._prepare_dataset(encoded, processing_class, args, packing, None, dataset_name)
+        if len(prepared) == 0:
+            raise InputError(
+                f"{dataset_name} dataset: no row has a completion token within max_length={args.max_length}; raise it"
+            )
+        if dataset is not self._mix_into:
+            return prepared
+        self._mix_into = None  # the training set comes first; the same rows may be the evaluation set too
+        return self._mixed(prepared, args)
+
+    def _mixed(self, demonstrations: Dataset, args: SFTConfig) -> Dataset:
+        """The prepared demonstrations and the pretraining blocks; in that order, unless `args.shuffle_dataset`."""
+        blocks = pack_texts(self._pretraining_dataset, self._tokenizer, self._block_length)
+        mixed = mix(demonstrations, blocks, args.pretraining_fraction)
+        count = len(mixed) - len(demonstrations)
+        is_whole = 0 < count <= len(blocks) or args.pretraining_fraction == 0
+        logger.log(
+            logging.INFO if is_whole else logging.WARNING,
+            f"{count} pretraining blocks of {self._block_length} tokens mixed into {len(demonstrations)} examples "
+            f"(pretraining_fraction={args.pretraining_fraction}), from {len(blocks)} different blocks",
+        )
+        return mixed.shuffle(seed=args.seed) if args.shuffle_dataset else mixed
+
+    def _encode_prompts(self, prompts: list[Text]) -> list[tuple[Text, list[int]]]:
+        """Prompts with their token ids, without those that leave no room for a completion in the model's context."""
+        encoded = [(prompt, encode_prompt(self._tokenizer, prompt)) for prompt in prompts]
+        context = _context_length(self.model.config)
+        limit = None if context is None else context - self.args.rm_score_max_new_tokens
+        keep, report = split_by_length([len(ids) for _, ids in encoded], limit, "validation prompts")
+        if report is not None:
+            logger.warning(report)
+        if prompts and not keep:
+            raise InputError(f"{report}: none is left; lower rm_score_max_new_tokens or give shorter prompts")
+        return [encoded[index] for index in keep]
+
+    def _rm_score(self) -> float:
+        """Mean reward-model score of greedy completions of the validation prompts. Source: InstructGPT 3.5, C.1."""
+        mine = self._score_prompts[self.accelerator.process_index :: self.accelerator.num_processes]
+        size, longest = self.args.per_device_eval_batch_size, self.args.rm_score_max_new_tokens
+        batches = [mine[start : start + size] for start in range(0, len(mine), size)]
+        is_hidden = self.args.disable_tqdm or not self.is_world_process_zero()
+        scores: list[float] = []
+        unwrapped = unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+        )
+        with preserved_rng(), unwrapped as model:
+            for batch in tqdm(batches, desc="Reward-model score", disable=is_hidden, leave=False):
+                prompts = [prompt for prompt, _ in batch]
+                texts = greedy_completions(model, self._tokenizer, [ids for _, ids in batch], longest)
+                scores += self.reward_model.score(prompts, [_like(*pair) for pair in zip(prompts, texts, strict=True)])
+        scores = gather_object(scores)
+        mean = sum(scores) / len(scores)
+        if not math.isfinite(mean):
+            raise ValueError(f"step {self.state.global_step}: the mean reward-model score is {mean}; stopped")
+        return mean
+
+
+def _as_sft_config(args: TrainingArguments | None, model: str | PreTrainedModel) -> SFTConfig:
+    """`args` as ours: made from the model's name if there are none, and from a parent's kind, as the parent does."""
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return SFTConfig(f"{name.rstrip('/').split('/')[-1]}-SFT")
+    if isinstance(args, SFTConfig):
+        return args
+    return SFTConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(args) if field.init})
+
+
+def _checked(
+    dataset: Rows | dict[str, Rows] | None, name: str, args: SFTConfig, formatting_func: Callable[[dict], str] | None
+) -> Any:
+    """`dataset`, or each of several, with wrong rows refused; another type is the parent's to refuse."""
+    if isinstance(dataset, dict):
+        return {key: _checked(rows, f"{name}['{key}']", args, formatting_func) for key, rows in dataset.items()}
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return dataset
+    is_callers = formatting_func is not None or (args.dataset_kwargs or {}).get("skip_prepare_dataset", False)
+    return dataset if is_callers else check_demonstrations(dataset, name, args.dataset_text_field)
+
+
+def _check_mix(pretraining_dataset: Dataset, train_dataset: Rows | None, args: SFTConfig) -> None:
+    for name, dataset in (("pretraining_dataset", pretraining_dataset), ("train_dataset", train_dataset)):
+        if not isinstance(dataset, Dataset):
+            raise InputError(
+                f"{name}: mixing in pretraining text needs to know the number of rows, which {type(dataset).__name__} "
+                f"does not tell; load a Dataset, without streaming"
+            )
+    if (args.dataset_kwargs or {}).get("skip_prepare_dataset") or IMAGES & columns_of(train_dataset):
+        raise InputError(
+            "pretraining_dataset: nothing can be mixed into rows that are not prepared before training (images, or "
+            "skip_prepare_dataset=True); leave it out"
+        )
+    check_rows(pretraining_dataset, "pretraining", "pretraining_dataset")
+
+
+def _validation_prompts(
+    reward_model: Any, prompt_dataset: Rows | None, eval_dataset: Rows | dict[str, Rows] | None, args: SFTConfig
+) -> list[Text]:
+    """The prompts to complete and score at each evaluation; none without a reward model."""
+    if reward_model is None:
+        if prompt_dataset is not None:
+            raise InputError("prompt_dataset: nothing scores it; give a reward_model, or leave it out")
+        if (args.metric_for_best_model or "").removeprefix("eval_") == "rm_score":
+            raise InputError("metric_for_best_model='eval_rm_score': nothing computes it; give a reward_model")
+        return []
+    if eval_dataset is None:
+        raise InputError(
+            f"reward_model: its score is part of an evaluation, and there is none (eval_strategy="
+            f"'{args.eval_strategy.value}', no eval_dataset); set eval_strategy to 'epoch' and give an eval_dataset"
+        )
+    sources = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+    if prompt_dataset is not None:
+        sources = {"prompt_dataset": prompt_dataset}
+    for name, rows in sources.items():
+        if "prompt" not in columns_of(rows):
+            raise InputError(f"{name}: no column 'prompt' to complete and score; give a prompt_dataset that has it")
+    return [row["prompt"] for name, rows in sources.items() for row in check_rows(rows, "prompt", name)]
+
+
+def _load_reward_model(reward_model: Any) -> Any:
+    if not isinstance(reward_model, str | os.PathLike):
+        return reward_model
+    from .models.reward_model import RewardModel
+
+    return RewardModel.from_pretrained(str(reward_model))
+
+
+def _model_init_kwargs(args: SFTConfig, quantization_config: BitsAndBytesConfig | None) -> dict[str, Any]:
+    """Keyword arguments for `from_pretrained`, as the parent makes them."""
+    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]:
+        kwargs["device_map"] = None  # "auto" fails there
+    return kwargs
+
+
+def _block_length(model: str | PreTrainedModel, args: SFTConfig) -> int:
+    """Tokens of a pretraining block: `max_length`, at most the model's context."""
+    if isinstance(model, str):
+        init = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+        config = AutoConfig.from_pretrained(
+            model, trust_remote_code=init["trust_remote_code"], revision=init.get("revision")
+        )
+    else:
+        config = model.config
+    limits = [limit for limit in (args.max_length, _context_length(config)) if limit is not None]
+    if not limits:
+        raise InputError("pretraining_dataset: max_length=None, and the model's config has no limit; set max_length")
+    return min(limits)
+
+
+def _context_length(config: PreTrainedConfig) -> int | None:
+    """Longest sequence in tokens; `None` if the config has no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _kept(args: SFTConfig, packing: bool) -> slice | None:
+    """What the parent keeps of a row; `None` if all of it: packing splits rows, except by strategy "bfd"."""
+    if args.max_length is None or (packing and args.packing_strategy != "bfd"):
+        return None
+    return slice(-args.max_length, None) if args.truncation_mode == "keep_end" else slice(args.max_length)
+
+
+def _like(prompt: Text, text: str) -> Text:
+    """A completion in its prompt's form."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
