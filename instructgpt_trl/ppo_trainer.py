@@ -69,9 +69,9 @@ class PPOTrainer(RLOOTrainer):
     Neutral setting: `ptx_coef=0` (or no `ptx_dataset`) is plain PPO, bit for bit.
 
     Overrides: `__init__`, `train`, `evaluate`, `log`, `training_step`, `prediction_step`, `create_optimizer`,
-    `create_scheduler`, and of the private methods `_tokenize_prompts`, `_generate_single_turn`, `_prepare_inputs`,
-    `_clip_grad_norm`, `_save`, `_load_from_checkpoint`, `_load_best_model`; calls `_generate` and
-    `_calculate_rewards`.
+    `create_scheduler`, and of the private methods `_get_train_sampler`, `_tokenize_prompts`,
+    `_generate_single_turn`, `_prepare_inputs`, `_clip_grad_norm`, `_save`, `_load_from_checkpoint`,
+    `_load_best_model`; calls `_generate` and `_calculate_rewards`.
 
     Refuses: several processes, images, an optimizer from outside, sampling that cuts the policy's distribution.
     """
@@ -224,6 +224,13 @@ class PPOTrainer(RLOOTrainer):
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: min(1.0, 0.1 + 0.9 * step / steps))
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def _get_train_sampler(self, dataset=None):
+        """As the parent's, but an epoch's order depends on seed and epoch alone, so that a resumed run finds it."""
+        sampler = super()._get_train_sampler(dataset)
+        if self.shuffle_dataset:
+            sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(self.args.seed + epoch)
+        return sampler
 
     @property
     def _steps_per_update(self) -> int:
@@ -419,9 +426,9 @@ class PPOTrainer(RLOOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the parent's, but several evaluation sets have names of their own: `eval_<set>_objective/scores`."""
         if self._evaluated and not self.model.training:
-            self._metrics["eval"] = {f"{self._evaluated}_{name}": rows for name, rows in self._metrics["eval"].items()}
+            renamed = {f"{self._evaluated}_{name}": rows for name, rows in self._metrics["eval"].items()}
+            self._metrics["eval"] = defaultdict(list, renamed)
         super().log(logs, start_time)
-        self._metrics["eval"] = defaultdict(list)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None) -> tuple[None, None, None]:
         """Evaluation is a rollout: its scores, KL and lengths are the metrics."""
@@ -496,14 +503,24 @@ class PPOTrainer(RLOOTrainer):
         self._pending_extra_logs.clear()
         if not (self.args.save_completions and self.model.training):
             return
-        path = Path(self.args.output_dir) / "completions.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a" if self.state.global_step else "w", encoding="utf-8") as file:
+        with self._completions_file.open("a", encoding="utf-8") as file:
             for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
                 row = {"step": self.state.global_step, "prompt": prompt, "completion": completion}
                 row |= {"score": _number(scores[i]), "kl": _number(kl[i]) if self.roles.reference else None}
                 row |= {"scores": {name: _number(column[i]) for name, column in parts.items()}}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    @property
+    def _completions_file(self) -> Path:
+        return Path(self.args.output_dir) / "completions.jsonl"
+
+    def _start_completions(self) -> None:
+        """Take out the rows of an earlier run from the step on where this one starts."""
+        if self.args.save_completions and self._completions_file.exists():
+            with self._completions_file.open(encoding="utf-8") as file:
+                complete = [line for line in file if line.endswith("\n")]
+            kept = [line for line in complete if json.loads(line)["step"] < self.state.global_step]
+            self._completions_file.write_text("".join(kept), encoding="utf-8")
 
     def _add(self, name: str, value: torch.Tensor) -> None:
         self._sums[name] += value.detach().item()
@@ -594,13 +611,14 @@ def _finite(function: Callable, trainer: PPOTrainer) -> Callable:
 
 
 class _StepCallback(TrainerCallback):
-    """Moves the average after each optimizer step, and counts micro-batches on from a resumed step."""
+    """Moves the average after each optimizer step, and goes on from a resumed step."""
 
     def __init__(self, trainer: PPOTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._step = state.global_step * args.gradient_accumulation_steps
+        self.trainer._start_completions()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.ema is not None:

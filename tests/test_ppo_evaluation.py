@@ -221,7 +221,8 @@ def read_jsonl(path) -> list[dict]:
     def refuse(name):
         raise AssertionError(f"{name} is not JSON")
 
-    lines = Path(path, "completions.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = Path(path, "completions.jsonl").read_text(encoding="utf-8").split("\n")
+    assert lines.pop() == ""
     return [json.loads(line, parse_constant=refuse) for line in lines]
 
 

@@ -163,7 +163,7 @@ def test_pitfall_06_the_reward_model_sees_the_ids_of_its_training(folders, tmp_p
     trainer = trainer_of(folders, "sft", kind, args, rows_)
     trainer.train()
     path, plain = folders.reward(kind), folders.plain_reward(kind)
-    written = [json.loads(line) for line in Path(tmp_path, "completions.jsonl").read_text("utf-8").splitlines()]
+    written = [json.loads(line) for line in Path(tmp_path, "completions.jsonl").read_text("utf-8").strip().split("\n")]
     scores = [row["score"] for row in written]
     assert scores == pytest.approx([plain(*episode) for episode in batches[0]], rel=1e-5, abs=1e-6)
     prompts_ = [rows_[i]["prompt"] for i in range(4)]
