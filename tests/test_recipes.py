@@ -131,6 +131,14 @@ def test_conversational_rows_and_the_yaml_file_beside_this_one(base_dir, rows, t
     ]
     scores = RewardModel.from_pretrained("reward").score(*zip(*messages, strict=True))
     assert sum(scores) / len(scores) == pytest.approx(0, abs=1e-5)
+    _, command = printed(capsys.readouterr().out)
+    evaluation = ["--eval_fraction", "0.2", "--per_device_eval_batch_size", "2", "--eval_on_start", "true"]
+    PPO.main([*fill(command, rows, "ppo_ptx.py"), *TINY_PPO, *evaluation])
+    completions = [json.loads(line) for line in Path("ppo_ptx/completions.jsonl").read_text("utf-8").splitlines()]
+    assert {row["prompt"][0]["role"] for row in completions} == {"user"}
+    _, command = printed(capsys.readouterr().out)
+    exec(command[2], {})
+    assert "{'role': 'assistant', 'content'" in capsys.readouterr().out
 
 
 def test_accelerate_launch_without_a_config(base_dir, rows, tmp_path):

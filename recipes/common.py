@@ -1,0 +1,150 @@
+"""What the three recipes share: arguments, rows, the end of a run. A mistake of the user's is one line everywhere."""
+
+import difflib
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import AutoConfig, Trainer, TrainingArguments
+from transformers.utils import is_bitsandbytes_available
+from trl import ModelConfig, TrlParser
+from yaml import YAMLError
+
+from instructgpt_trl.data import InputError, as_conversations, load_rows
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    """Flags about rows. Each recipe adds its own."""
+
+    dataset: str = field(metadata={"help": "Rows to train on: JSONL, CSV, Parquet, a `datasets` folder or a hub id."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Rows to evaluate on."})
+    eval_fraction: float = field(default=0.0, metadata={"help": "Share of `dataset` to hold out, to evaluate on."})
+    conversational: bool = field(
+        default=False, metadata={"help": "Turn plain text into user and assistant messages, for a chat model."}
+    )
+    config_file: str | None = field(default=None, init=False)  # the YAML file of `--config`
+
+
+class Parser(TrlParser):
+    """TRL's parser, without argparse's pages of usage, and with the known key that is closest to an unknown one."""
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message}; see --help")
+
+    def set_defaults_with_config(self, **config) -> list[str]:
+        self.refuse_unknown(list(config), [action.dest for action in self._actions])
+        return super().set_defaults_with_config(**config)
+
+    def refuse_unknown(self, names: list[str], known: list[str]) -> None:
+        for name in names:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean '{close[0]}'?" if close else "--help lists all there are"
+                raise InputError(f"unknown key '{name}'; {hint}")
+
+
+def parse(argv: list[str], arguments: type[DataArguments], config: type[TrainingArguments], output_dir: str) -> tuple:
+    """
+    `arguments`, `config` and `trl.ModelConfig` from flags over the YAML file of `--config`, ready for a trainer.
+
+    Raises:
+        [`InputError`]: whatever is wrong with them, or there is no such model.
+    """
+    args, config, model = parse_arguments(argv, arguments, config, output_dir)
+    name = model.model_name_or_path
+    if name is None:
+        raise InputError("--model_name_or_path is missing; give the folder or hub id of a model")
+    if not Path(name).is_dir():
+        try:
+            AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+        except OSError:
+            raise InputError(
+                f"--model_name_or_path {name}: no such folder, nor a model on the hub that can be read; check it"
+            ) from None
+    if (model.load_in_4bit or model.load_in_8bit) and not is_bitsandbytes_available():
+        raise InputError("load_in_4bit, load_in_8bit: bitsandbytes is not installed; pip install bitsandbytes")
+    init = {"revision": model.model_revision, "dtype": model.dtype, "attn_implementation": model.attn_implementation}
+    config.model_init_kwargs = {**init, **(config.model_init_kwargs or {})}
+    return args, config, model
+
+
+def parse_arguments(
+    argv: list[str], arguments: type[DataArguments], config: type[TrainingArguments], output_dir: str
+) -> tuple:
+    """What `parse` returns, as parsed."""
+    parser = Parser((arguments, config, ModelConfig))
+    parser.set_defaults(output_dir=output_dir)
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if argv[-1:] == ["--config"]:
+        raise InputError("--config: expected the path of a YAML file behind it; give one or leave it out")
+    options = [option for action in parser._actions for option in action.option_strings]
+    parser.refuse_unknown([word.split("=")[0] for word in argv if word.startswith("--")], ["--config", *options])
+    file = argv[argv.index("--config") + 1] if "--config" in argv else None
+    try:
+        with warnings.catch_warnings():  # about a default of TRL's, which nobody asked for
+            warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+            args, config, model = parser.parse_args_and_config(argv)
+    except OSError as error:
+        raise InputError(f"--config {file}: {error.strerror}; give the path of a YAML file") from None
+    except (ValueError, YAMLError) as error:
+        raise InputError(f"{file}: {error}" if file else str(error)) from error
+    args.config_file = file
+    return args, config, model
+
+
+def read(args: DataArguments, source: str | None, kind: str) -> Dataset | None:
+    """The rows of `source`, as conversations if asked for; none without a source."""
+    if source is None:
+        return None
+    rows = load_rows(source, kind)
+    return as_conversations(rows) if args.conversational and kind != "pretraining" else rows
+
+
+def read_and_split(args: DataArguments, config: TrainingArguments, kind: str) -> tuple[Dataset, Dataset | None]:
+    """The rows to train on, and those to evaluate on, if any."""
+    rows, held_out = read(args, args.dataset, kind), read(args, args.eval_dataset, kind)
+    if held_out is None and args.eval_fraction:
+        if not 0 < args.eval_fraction < 1 or len(rows) < 2:
+            raise InputError(
+                f"eval_fraction={args.eval_fraction} of {len(rows)} rows: expected a number between 0 and 1, and at "
+                f"least 2 rows; correct it or give eval_dataset"
+            )
+        rows, held_out = rows.train_test_split(args.eval_fraction, seed=config.seed).values()
+    if held_out is None and config.eval_strategy != "no":
+        raise InputError(
+            f"eval_strategy={config.eval_strategy.value}: no rows for it; give eval_fraction or eval_dataset"
+        )
+    return rows, held_out
+
+
+def next_command(args: DataArguments, output_dir: str, recipe: str, **flags: str) -> str:
+    """The command of the next stage, with that stage's YAML file if it lies beside this one's."""
+    script = Path(os.path.relpath(__file__)).with_name(recipe)
+    file = args.config_file and Path(args.config_file).with_name(f"{script.stem}.yaml")
+    words = ["python", str(script), *(["--config", str(file)] if file and file.is_file() else [])]
+    for name, value in {**flags, "output_dir": Path(output_dir).with_name(script.stem)}.items():
+        words += [f"--{name}", str(value)]
+    return shlex.join(words + (["--conversational"] if args.conversational else []))
+
+
+def finish(trainer: Trainer, then: str) -> None:
+    """Save the model and the log of its training; say where it is and what comes next."""
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        print(f"\nmodel: {trainer.args.output_dir}\nnext:  {then}")
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Run a recipe: a mistake of the user's is one line and exit code 2; a mistake of ours keeps its traceback."""
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,70 @@
+r"""
+Stage 2: train a reward model on K-way rankings, from the SFT model [InstructGPT 3.5, C.2].
+
+    python recipes/reward.py --model_name_or_path SFT --dataset rankings.jsonl --demonstrations rows.jsonl \
+        --output_dir RM
+
+A row has `prompt`, `completions` and `ranks` (1 is best, equal ranks tie), or `chosen` and `rejected`. Demonstrations
+score 0 on average afterwards. From an SFT adapter, a copy of it is trained on, and its base is found from its config.
+Flags and `--config` are as in sft.py.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from common import DataArguments, finish, next_command, parse, read, read_and_split, run
+from datasets import Dataset
+from trl import get_peft_config, get_quantization_config
+
+from instructgpt_trl import RewardConfig, RewardTrainer
+from instructgpt_trl.functional import ranking_accuracy
+
+
+@dataclass(kw_only=True)
+class Arguments(DataArguments):
+    """Flags of this recipe besides those of its rows, `RewardConfig` and `trl.ModelConfig`."""
+
+    demonstrations: str | None = field(
+        default=None, metadata={"help": "Rows of `prompt` and `completion` that score 0 on average after training."}
+    )
+
+
+def main(argv: list[str]) -> None:
+    args, config, model = parse(argv, Arguments, RewardConfig, output_dir="runs/reward")
+    rankings, held_out = read_and_split(args, config, "ranking")
+    trainer = RewardTrainer(
+        model=model.model_name_or_path,
+        args=config,
+        train_dataset=rankings,
+        eval_dataset=held_out,
+        demonstration_dataset=read(args, args.demonstrations, "demonstration"),
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+    )
+    trainer.train(config.resume_from_checkpoint)
+    if held_out is not None:
+        accuracy = trainer.evaluate().get("eval_accuracy", float("nan"))
+        longer = longer_wins(trainer.eval_dataset)
+        trainer.accelerator.print(f"\nheld-out accuracy: {accuracy:.4f}   'the longer one wins': {longer:.4f}")
+    then = next_command(
+        args,
+        config.output_dir,
+        "ppo_ptx.py",
+        model_name_or_path=model.model_name_or_path,
+        reward_model=config.output_dir,
+        dataset="PROMPTS.jsonl",
+        ptx_dataset="TEXT.txt",
+    )
+    finish(trainer, then)
+
+
+def longer_wins(rankings: Dataset) -> float:
+    """Accuracy of preferring the completion with more tokens, on the pairs that the reward model was evaluated on."""
+    lengths = [float(len(ids)) for row in rankings for ids in row["completions_ids"]]
+    ranks = [rank for row in rankings for rank in row["ranks"]]
+    sizes = [len(row["ranks"]) for row in rankings]
+    return ranking_accuracy(torch.tensor(lengths), torch.tensor(ranks), sizes).item()
+
+
+if __name__ == "__main__":
+    run(main)
