@@ -53,10 +53,12 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
         "__init__",
         "train",
         "evaluate",
+        "log",
         "training_step",
         "prediction_step",
         "create_optimizer",
         "create_scheduler",
+        "_get_train_sampler",
         "_tokenize_prompts",
         "_generate_single_turn",
         "_generate",
@@ -65,6 +67,7 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
         "_clip_grad_norm",
         "_save",
         "_load_from_checkpoint",
+        "_load_best_model",
     ),
 }
 

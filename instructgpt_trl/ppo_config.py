@@ -21,7 +21,7 @@ class PPOConfig(RLOOConfig):
 
     Parameters:
         max_prompt_length (`int`, *optional*, defaults to `1024`):
-            Longest prompt in tokens; longer ones are dropped and reported [P 3.4].
+            Longest prompt in tokens; longer ones are dropped and reported [P C].
         value_learning_rate (`float`, *optional*, defaults to `9e-6`):
             Peak learning rate of the value model [P C.4].
         vf_coef (`float`, *optional*, defaults to `0.1`):

@@ -42,6 +42,7 @@ from .ppo_config import PPOConfig
 logger = logging.get_logger(__name__)
 
 VALUE_FILE = "value_model.safetensors"
+_REWARD_ARGUMENTS = ("prompts", "completions")  # TRL's own; columns of these names cannot be passed to functions
 STATE_FILE = "ppo_state.json"
 
 
@@ -105,9 +106,11 @@ class PPOTrainer(RLOOTrainer):
         reward_model: Any = None,
         ptx_dataset: Dataset | None = None,
     ):
-        args = args or PPOConfig(f"{_name_of(model)}-PPO")
+        model = _as_string(model)
         functions, models = _split_rewards(reward_funcs, reward_model)
-        _check_arguments(args, functions, models, train_dataset, processing_class, optimizers)
+        _check_arguments(model, args, functions, models, train_dataset, processing_class, optimizers)
+        args = args or PPOConfig(f"{_name_of(model)}-PPO")
+        _check_process(args, len(models), len(functions))
         train_dataset = check_rows(train_dataset, "prompt", "train_dataset")
         if eval_dataset is not None:
             eval_dataset = _each(eval_dataset, lambda rows, name: check_rows(rows, "prompt", name))
@@ -151,6 +154,8 @@ class PPOTrainer(RLOOTrainer):
                     peft_config=None if isinstance(model, PeftModel) else peft_config,
                 )
             self.beta = beta
+            names = self.reward_func_names
+            self.reward_func_names = [f"{n}_{i}" if n in names[:i] else n for i, n in enumerate(names)]
             self._set_up_roles(parts, peft_config)
             self._set_up_state(ptx_dataset)
 
@@ -239,7 +244,10 @@ class PPOTrainer(RLOOTrainer):
     def train(self, *args, **kwargs):
         """As the parent's, from the seed of the config, whatever ran before."""
         set_seed(self.args.seed)
-        return super().train(*args, **kwargs)
+        output = super().train(*args, **kwargs)
+        if self.state.global_step == 0 and isinstance(self.train_dataset, IterableDataset):  # not known before
+            raise InputError(_too_small(self.args, "fewer prompts"))
+        return output
 
     # Rollout: the algorithm's table of contents
 
@@ -274,10 +282,10 @@ class PPOTrainer(RLOOTrainer):
 
     def _sample(self, inputs: list[dict[str, Any]]) -> tuple[Episodes, list[dict[str, Any]]]:
         prompt_ids, completion_ids, completions = self._generate([row["prompt"] for row in inputs])
-        rows = [
-            {**row, "prompt_ids": prompt_ids[i], "completion_ids": completion_ids[i], "completion": completions[i]}
-            for i, row in enumerate(inputs)
-        ]
+        rows = []
+        for row, *sampled in zip(inputs, prompt_ids, completion_ids, completions, strict=True):
+            own = {name: value for name, value in row.items() if name not in _REWARD_ARGUMENTS}
+            rows.append(own | dict(zip(("prompt_ids", "completion_ids", "completion"), sampled, strict=True)))
         episodes = pad_episodes(prompt_ids, completion_ids, self._tokenizer.pad_token_id)
         episodes["ended"] = torch.tensor([ids[-1] in self.eos_token_ids for ids in completion_ids])
         if self.mask_truncated_completions:
@@ -652,6 +660,10 @@ def _name_of(model: Any) -> str:
     return (model if isinstance(model, str) else get_config_model_id(model.config)).rstrip("/").split("/")[-1]
 
 
+def _as_string(path: Any) -> Any:
+    return os.fspath(path) if isinstance(path, os.PathLike) else path
+
+
 def _each(dataset: Any, apply) -> Any:
     """`apply(rows, name)` to an evaluation dataset, or to each of a dictionary of them."""
     if isinstance(dataset, dict):
@@ -662,7 +674,7 @@ def _each(dataset: Any, apply) -> Any:
 def _split_rewards(reward_funcs: Any, reward_model: Any) -> tuple[list, list]:
     """Plain functions, and reward models (those among `reward_funcs` behind those of `reward_model`)."""
     listed = [x if isinstance(x, list) else [x] for x in (reward_model, reward_funcs) if x is not None]
-    rewards = [reward for group in listed for reward in group]
+    rewards = [_as_string(reward) for group in listed for reward in group]
     models = [reward for reward in rewards if isinstance(reward, str | RewardModel | torch.nn.Module)]
     return [reward for reward in rewards if not any(reward is model for model in models)], models
 
@@ -674,34 +686,47 @@ def _load(model: str, args: PPOConfig, quantization_config) -> tuple[PreTrainedM
     return load_policy(model, **kwargs)
 
 
-def _check_arguments(args, functions, models, train_dataset, processing_class, optimizers) -> None:
-    if not isinstance(args, PPOConfig):
+def _check_arguments(model, args, functions, models, train_dataset, processing_class, optimizers) -> None:
+    if not isinstance(model, str | torch.nn.Module):
+        raise InputError(f"model: expected a folder, a hub id or a model, got {type(model).__name__}")
+    if args is not None and not isinstance(args, PPOConfig):
         raise InputError(f"args: expected a PPOConfig, got {type(args).__name__}")
     if not functions and not models:
         raise InputError("nothing to learn from: give reward_model (what RewardTrainer saved) or reward_funcs")
+    for function in functions:
+        if not callable(function):
+            raise InputError(
+                f"reward_funcs: expected functions, reward models or their folders, got {type(function).__name__}"
+            )
     if train_dataset is None:
         raise InputError("train_dataset is missing; expected rows with the column 'prompt'")
     if isinstance(processing_class, ProcessorMixin):
         raise InputError("processing_class: PPOTrainer trains on text; pass a tokenizer, not a processor of images")
     if optimizers[0] is not None:
         raise InputError("optimizers: the trainer builds its optimizer over two models; set optim and learning rates")
+
+
+def _check_process(args: PPOConfig, models: int, functions: int) -> None:
     if args.world_size > 1:
         raise InputError(
             f"PPOTrainer runs in one process, got {args.world_size}; launch with --num_processes 1, or show it one "
             f"GPU with CUDA_VISIBLE_DEVICES=0"
         )
     weights = args.reward_weights
-    if weights is not None and len(weights) != len(models) + len(functions):
+    if weights is not None and len(weights) != models + functions:
         raise InputError(
-            f"reward_weights: expected {len(models) + len(functions)} numbers ({len(models)} reward models, then "
-            f"{len(functions)} functions), got {len(weights)}"
+            f"reward_weights: expected {models + functions} numbers ({models} reward models, then {functions} "
+            f"functions), got {len(weights)}"
         )
 
 
 def _check_batches(args: PPOConfig, dataset) -> None:
-    prompts = args.generation_batch_size // args.num_generations
-    if isinstance(dataset, Dataset) and len(dataset) < prompts:
-        raise InputError(
-            f"train_dataset has {len(dataset)} prompts, less than one batch of {prompts}; add prompts or lower "
-            f"steps_per_generation or per_device_train_batch_size"
-        )
+    if isinstance(dataset, Dataset) and len(dataset) < args.generation_batch_size // args.num_generations:
+        raise InputError(_too_small(args, f"{len(dataset)} prompts"))
+
+
+def _too_small(args: PPOConfig, what: str) -> str:
+    return (
+        f"train_dataset has {what}, less than one batch of {args.generation_batch_size // args.num_generations}; add "
+        f"prompts or lower steps_per_generation or per_device_train_batch_size"
+    )

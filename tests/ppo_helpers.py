@@ -9,8 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 from trl import RLOOTrainer
 
-from instructgpt_trl.ppo_config import PPOConfig
-from instructgpt_trl.ppo_trainer import PPOTrainer
+from instructgpt_trl import PPOConfig, PPOTrainer
 
 EOS = 257
 LLAMA_TARGETS, GPT2_TARGETS = ["q_proj", "v_proj"], ["c_attn"]
@@ -227,3 +226,38 @@ def split_head(weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor
     """A value model's own weights under the names of its plain twin, head weight and head bias."""
     own = {name.replace(".value.", ".default."): t for name, t in weights.items() if not name.startswith("head.")}
     return own, weights["head.weight"], weights["head.bias"]
+
+
+# Trainers
+
+
+def trainer_of(folders, policy, reward, args, rows, **kwargs) -> PPOTrainer:
+    model, peft_config = folders.policy(policy)
+    path = folders.reward(reward)
+    return PPOTrainer(model=model, reward_model=path, args=args, train_dataset=rows, peft_config=peft_config, **kwargs)
+
+
+def with_function(model, path, rows, function=mean_id, peft_config=None, ptx_dataset=None, **settings) -> PPOTrainer:
+    return PPOTrainer(
+        model=model,
+        reward_funcs=function,
+        args=config(path, **settings),
+        train_dataset=rows,
+        peft_config=peft_config,
+        ptx_dataset=ptx_dataset,
+    )
+
+
+def known(values):
+    """A reward function that gives these values, whatever the completions."""
+
+    def reward(completions, **kwargs):
+        return values
+
+    return reward
+
+
+def scores_of(trainer, rows, n: int = 4):
+    trainer.model.train()
+    episodes = trainer.rollout([rows[i] for i in range(n)])
+    return episodes, trainer._metrics["train"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from trl import RLOOConfig, TrlParser
 
+from instructgpt_trl import PPOConfig
 from instructgpt_trl.data import InputError
-from instructgpt_trl.ppo_config import PPOConfig
 
 # New fields and changed defaults, each with its source in paper.md
 DEFAULTS = {

@@ -24,8 +24,8 @@ from ppo_helpers import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 
+from instructgpt_trl import PPOTrainer
 from instructgpt_trl.data.episodes import pad_episodes
-from instructgpt_trl.ppo_trainer import PPOTrainer
 
 
 @pytest.fixture(scope="session")

@@ -25,11 +25,12 @@ from ppo_helpers import (
     record,
     split_head,
     store_completions,
+    trainer_of,
 )
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from instructgpt_trl.ppo_trainer import PPOTrainer
+from instructgpt_trl import PPOTrainer
 
 
 @pytest.fixture(scope="session")
@@ -38,14 +39,6 @@ def folders(base_dir, tmp_path_factory) -> Folders:
 
 
 SET_UPS = pytest.mark.parametrize("policy, reward", [("sft", "adapter"), ("fresh", "full"), ("full", "full")])
-
-
-def trainer_of(folders, policy, reward, args, prompts, **kwargs) -> PPOTrainer:
-    model, peft_config = folders.policy(policy)
-    path = folders.reward(reward)
-    return PPOTrainer(
-        model=model, reward_model=path, args=args, train_dataset=prompts, peft_config=peft_config, **kwargs
-    )
 
 
 def padded(rows: list[torch.Tensor]) -> np.ndarray:
@@ -107,6 +100,7 @@ class Plain:
                 error = torch.maximum((values[row][t] - target) ** 2, (kept - target) ** 2)
                 value = value + 0.5 * error / count
         (policy + args.vf_coef * value).backward()
+        policy_grad = {n: p.grad.clone() for n, p in self.policy.named_parameters() if p.requires_grad}
         own = {n.replace(".default.", ".value."): p.grad for n, p in self.value.named_parameters() if p.requires_grad}
         width = max(map(len, logprobs))
         mask = self.mask[take][:, :width]
@@ -118,7 +112,7 @@ class Plain:
         ratio, target = np.exp(change), flat(self.returns - self.old_values)
         near = moved.clip(-args.cliprange_value, args.cliprange_value)
         return {
-            "policy": {n: p.grad for n, p in self.policy.named_parameters() if p.requires_grad},
+            "policy": policy_grad,
             "value": {n: grad for n, grad in own.items() if n in step["value"]} | {n: p.grad for n, p in head.items()},
             "loss/policy": policy.item(),
             "loss/value": value.item(),
@@ -312,6 +306,20 @@ def test_pitfall_03_the_ratio_is_1_where_nothing_moved(
     assert any(number != 0 for number in logged(trainer, "loss/value"))
 
 
+@pytest.mark.parametrize("policy, reward", [("sft", "adapter"), ("full", "full")])
+def test_pitfall_02_03_are_exact_in_mixed_precision_too(folders, tmp_path, monkeypatch, prompts, policy, reward):
+    """bfloat16 on a CPU: old, new and reference log-probs come from one computation; weights and heads are float32."""
+    batches = store_completions(monkeypatch)
+    settings = dict(bf16=True, use_cpu=True, max_steps=4, learning_rate=1e-5, value_learning_rate=1e-5)
+    trainer = trainer_of(folders, policy, reward, config(tmp_path, **settings), prompts)
+    trainer.train()
+    assert logged(trainer, "policy/approxkl")[0] == 0.0 and logged(trainer, "objective/kl")[0] == 0.0
+    score = folders.plain_reward(reward)
+    plain = [score(*episode) for episode in batches[1]]
+    assert logged(trainer, "objective/scores")[1] == pytest.approx(sum(plain) / 4, abs=0.05)
+    assert {p.dtype for role in trainer.roles for p in role.parameters().values()} == {torch.float32}
+
+
 DROPOUT = {
     "llama": {"attention_dropout": 0.3},
     "gpt2-": {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3},
@@ -416,11 +424,12 @@ def test_pitfall_09_update_counts_are_exact(folders, tmp_path, monkeypatch, iter
     rows = Dataset.from_list([{"prompt": f"prompt {i}{'.' * i}"} for i in range(18)])
     args = config(tmp_path, max_steps=-1, num_train_epochs=2, num_iterations=iterations)
     trainer = trainer_of(folders, "sft", "adapter", args, rows)
-    seen, rolled = [], []
+    seen, rolled, states = [], [], set()
     backward, rollout = trainer._policy_backward, trainer.rollout
 
     def note(batch, share):
         seen.append((rolled[-1], batch["input_ids"][0].tolist(), round(share.item() * 1e6)))
+        states.add(tuple(torch.get_rng_state().tolist()))
         return backward(batch, share)
 
     trainer._policy_backward = note
@@ -440,6 +449,7 @@ def test_pitfall_09_update_counts_are_exact(folders, tmp_path, monkeypatch, iter
     assert iterations == 1 or any(order[4:] != order[:4] for order in orders)  # later ones are reshuffled
     # The micro-batches' shares of a minibatch sum to one
     assert all(abs(seen[i][2] + seen[i + 1][2] - 1e6) <= 1 for i in range(0, len(seen), 2))
+    assert len(states) <= 2  # reshuffling has a generator of its own; only an epoch's data loader draws from torch's
     for epoch in (batches[:4], batches[4:]):
         assert len({tuple(prompt) for batch in epoch for prompt, _ in batch}) == 16  # no prompt twice in an epoch
 
@@ -473,3 +483,53 @@ def test_gradients_do_not_leak_into_the_next_minibatch(folders, tmp_path, monkey
     alone.train()
     for name in ("policy_grad", "value_grad"):
         assert_equal(recorder.steps[1][name], alone_recorder.steps[0][name])
+
+
+@SET_UPS
+def test_a_run_equals_a_loop_of_plain_torch(folders, tmp_path, monkeypatch, prompts, texts, policy, reward):
+    """
+    Three rollouts of PPO-ptx from the start weights alone: plain passes, equations in NumPy, torch's AdamW with both
+    rates and their warm-up, clipping apart, weight decay and the average. Final weights and averages agree.
+    """
+    batches = store_completions(monkeypatch)
+    settings = dict(learning_rate=4e-3, value_learning_rate=2e-3, warmup_updates=2, weight_decay=0.1)
+    settings |= dict(ptx_coef=0.3, ptx_ratio=1, ptx_max_length=20, max_grad_norm=0.4, ema_decay=0.8, beta=0.2)
+    args = config(tmp_path, max_steps=6, **settings)
+    trainer = trainer_of(folders, policy, reward, args, prompts, ptx_dataset=texts)
+    blocks = Blocks(trainer)
+    now = {
+        name: {k: p.detach().clone() for k, p in getattr(trainer, f"_{name}_parameters").items()}
+        for name in ("policy", "value")
+    }
+    trainer.train()
+
+    groups = []
+    for name, rate in (("policy", 4e-3), ("value", 2e-3)):
+        for matrices in (True, False):
+            chosen = [p for p in now[name].values() if (p.dim() >= 2) == matrices]
+            groups += [{"params": chosen, "lr": rate, "peak": rate, "weight_decay": 0.1 * matrices}] if chosen else []
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5)
+    average = {name: tensor.clone() for name, tensor in now["policy"].items()}
+    for step in range(6):
+        if step % 2 == 0:
+            plain = Plain(folders, policy, reward, now, batches[step // 2], args)
+        grads = plain.minibatch(now, [0, 1] if step % 2 == 0 else [2, 3])
+        plain.policy.zero_grad()
+        rows = [torch.tensor(block) for block in blocks.taken[step]]
+        losses = [-plain_logprobs(plain.policy, row[:1].tolist(), row[1:].tolist()).sum() for row in rows]
+        policy_grads = dict(grads["policy"])
+        (0.3 * sum(losses) / sum(len(row) - 1 for row in rows)).backward()
+        for name, p in plain.policy.named_parameters():
+            if p.requires_grad:
+                policy_grads[name] = policy_grads[name] + p.grad
+        for name, own in (("policy", policy_grads), ("value", grads["value"])):
+            norm = sum((grad**2).sum() for grad in own.values()).sqrt()
+            for key, tensor in now[name].items():
+                tensor.grad = own[key] * min(1.0, 0.4 / (norm.item() + 1e-6))
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * min(1.0, 0.1 + 0.9 * step / 4)
+        optimizer.step()
+        average = {name: 0.8 * old + 0.2 * now["policy"][name] for name, old in average.items()}
+    assert_close({k: p.detach() for k, p in trainer._policy_parameters.items()}, now["policy"], rtol=1e-3, atol=2e-5)
+    assert_close({k: p.detach() for k, p in trainer._value_parameters.items()}, now["value"], rtol=1e-3, atol=2e-5)
+    assert_close(trainer.ema.averages, average, rtol=1e-3, atol=2e-5)

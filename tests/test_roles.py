@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_llama
 from peft import IA3Config, PeftModel, get_peft_model
-from ppo_helpers import Folders, lora, plain_logprobs, plain_scalars, randomise
+from ppo_helpers import Folders, lora, plain_logprobs, plain_scalars, randomise, save_reward_model
 from transformers import AutoModelForCausalLM
 
 from instructgpt_trl._trl import add_fused_lm_head
@@ -133,6 +133,25 @@ def test_logprobs_and_entropies_equal_plain_passes(folders, policy, reward, temp
         torch.testing.assert_close(entropies[row, : len(completion)], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("peft", [False, True])
+def test_learned_positions_do_not_mind_the_padding(gpt2_dir, peft):
+    """GPT-2: log-probs and values of ragged rows equal those of each row alone."""
+    model, plain = load(gpt2_dir), load(gpt2_dir)
+    policy = get_peft_model(model, lora(task_type="CAUSAL_LM", target_modules=["c_attn"])) if peft else model
+    add_fused_lm_head(policy.get_base_model() if peft else policy, outputs=("log_probs", "entropy"))
+    roles = build_roles(policy, [])
+    with torch.no_grad():
+        roles.value.head.weight.fill_(1.0)
+    logprobs = roles.policy.evaluate(roles.policy.logprobs, episodes(), 3)[0]
+    values = roles.value.evaluate(roles.value.values, episodes(), 3)[0]
+    for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+        with torch.no_grad():
+            expected = plain_logprobs(plain.eval(), prompt, completion)
+            before = plain_scalars(plain, torch.ones(1, 16), 0.0, [*prompt, *completion])[len(prompt) - 1 : -1]
+        torch.testing.assert_close(logprobs[row, : len(completion)], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(values[row, : len(completion)], before, rtol=1e-5, atol=1e-5)
+
+
 @set_ups
 def test_pitfall_14_the_value_model_is_the_reward_model(folders, policy, reward):
     """
@@ -163,8 +182,6 @@ def test_pitfall_06_scores_equal_the_reward_model_class(folders):
 
 
 def test_two_reward_adapters_on_one_base(folders, tmp_path):
-    from ppo_helpers import save_reward_model
-
     other = save_reward_model(folders.base, str(tmp_path / "other"), adapter=True, bias=2.0, seed=9)
     parts = [reward_parts(folders.reward_adapter), reward_parts(other)]
     roles = build_roles(policy_of(folders, "sft"), parts)

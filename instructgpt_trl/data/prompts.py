@@ -17,7 +17,7 @@ def drop_long_prompts(
     **template_kwargs,
 ) -> Dataset | IterableDataset:
     """
-    The rows whose prompt has at most `limit` tokens [P 3.4: prompts over 1,024 are filtered]. The others are counted
+    The rows whose prompt has at most `limit` tokens [P C: prompts over 1,024 are filtered]. The others are counted
     and named in one warning; of an `IterableDataset`, which is read once, they are left out while reading.
 
     Raises:

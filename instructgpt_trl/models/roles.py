@@ -224,7 +224,8 @@ def _value_from_reward(reward: Role, peft_config: PeftConfig | None) -> Role:
     if peft_config is None:
         return Role(copy.deepcopy(reward.network), None, head)
     # A fresh adapter changes nothing yet, so the value model equals the reward model, which is the base without it
-    network = get_peft_model(reward.network, replace(_plain(peft_config), task_type=None), adapter_name="value")
+    config = replace(_plain(peft_config), task_type=None, base_model_name_or_path=None)
+    network = get_peft_model(reward.network, config, adapter_name="value")
     reward.network = network
     return Role(network, "value", head)
 

@@ -1,0 +1,252 @@
+"""What `PPOTrainer` samples from, and what it refuses."""
+
+import logging
+
+import pytest
+import torch
+from datasets import Dataset
+from ppo_helpers import (
+    EOS,
+    Folders,
+    assert_equal,
+    config,
+    lora,
+    mean_id,
+    plain_policy,
+    store_completions,
+    trainer_of,
+    with_function,
+)
+from transformers import AutoModelForCausalLM, GenerationMixin
+
+from instructgpt_trl import PPOTrainer
+from instructgpt_trl.data import InputError
+
+
+@pytest.fixture(scope="session")
+def folders(base_dir, tmp_path_factory) -> Folders:
+    return Folders(base_dir, tmp_path_factory.mktemp("trainer"))
+
+
+CUT = {
+    "min_new_tokens": 5,
+    "min_length": 20,
+    "top_k": 20,
+    "top_p": 0.5,
+    "min_p": 0.2,
+    "typical_p": 0.5,
+    "epsilon_cutoff": 0.01,
+    "eta_cutoff": 0.01,
+    "temperature": 0.3,
+    "repetition_penalty": 1.5,
+    "no_repeat_ngram_size": 2,
+    "suppress_tokens": [5, 6],
+    "begin_suppress_tokens": [EOS],
+    "bad_words_ids": [[5]],
+    "sequence_bias": [[[5], -5.0]],
+    "exponential_decay_length_penalty": (2, 1.5),
+    "forced_eos_token_id": EOS,
+    "guidance_scale": 1.5,
+    "remove_invalid_values": True,
+    "renormalize_logits": True,
+}
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_pitfall_18_the_models_own_generation_config_does_not_cut_sampling(
+    folders, tmp_path, monkeypatch, prompts, kind
+):
+    """`generate` fills what a config leaves open from the model's own generation_config; not here."""
+    used = []
+    processors = GenerationMixin._get_logits_processor
+
+    def noted(self, *args, **kwargs):
+        used.append(processors(self, *args, **kwargs))
+        return used[-1]
+
+    monkeypatch.setattr(GenerationMixin, "_get_logits_processor", noted)
+    model = AutoModelForCausalLM.from_pretrained(folders.base)
+    for name, value in CUT.items():
+        setattr(model.generation_config, name, value)
+    own = model.generation_config.to_dict()
+    peft_config = lora() if kind == "lora" else None
+    trainer = with_function(model, tmp_path, prompts, peft_config=peft_config, temperature=0.7, max_steps=1)
+    trainer.train()
+    assert len(used) == 1
+    left = {type(processor).__name__: vars(processor) for processor in used[0]}
+    assert left == {"TemperatureLogitsWarper": {"temperature": 0.7}}
+    assert model.generation_config.to_dict() == own  # what is saved keeps the model's own
+
+
+def test_pitfall_18_samples_follow_the_policy(folders, tmp_path, prompts):
+    """3,000 first tokens of one prompt against the softmax, at a temperature: chi-squared of the ten likeliest."""
+    trainer = with_function(
+        folders.sft, tmp_path, prompts, temperature=0.5, max_completion_length=1, per_device_train_batch_size=1
+    )
+    trainer.model.train()
+    torch.manual_seed(0)
+    # Every other row is a longer prompt, so that the others are padded on the left
+    ids, completions, _ = trainer._generate(["prompt 3", "a prompt that is longer"] * 3000)
+    ids, completions = ids[::2], completions[::2]
+    first = torch.tensor([completion[0] for completion in completions])
+    plain = plain_policy(folders, "sft")
+    with torch.no_grad():
+        probs = (plain(torch.tensor([ids[0]])).logits[0, -1].double() / 0.5).softmax(-1)
+    top, where = probs.topk(10)
+    counts = (first[:, None] == where).sum(0).double()
+    observed = torch.cat([counts, 3000 - counts.sum(0, keepdim=True)])
+    expected = 3000 * torch.cat([top, 1 - top.sum(0, keepdim=True)])
+    assert expected.min() > 20
+    assert ((observed - expected) ** 2 / expected).sum() < 35  # 10 degrees of freedom: p = 1e-4
+
+
+def test_every_eos_of_the_model_ends_a_completion(folders, tmp_path, monkeypatch, prompts):
+    model = AutoModelForCausalLM.from_pretrained(folders.base)
+    model.generation_config.eos_token_id = [EOS, 77]
+    trainer = with_function(model, tmp_path, prompts, max_completion_length=40)
+    trainer.model.train()
+    episodes, _ = trainer._sample([{"prompt": "a"}] * 64)
+    for row in range(64):
+        length = int(episodes["prompt_lengths"][row])
+        ids = episodes["input_ids"][row, length : length + int(episodes["completion_lengths"][row])].tolist()
+        ends = [i for i, token in enumerate(ids) if token in (EOS, 77)]
+        assert ends in ([], [len(ids) - 1])
+        assert bool(episodes["ended"][row]) == bool(ends)
+    assert 0 < int(episodes["ended"].sum()) < 64
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("clip", [None, (-1.0, 1.0)])
+def test_pitfall_18_a_score_that_is_no_number_stops_the_run(folders, tmp_path, monkeypatch, prompts, value, clip):
+    store_completions(monkeypatch)
+    calls = []
+
+    def reward(completions, **kwargs):
+        calls.append(len(completions))
+        return [1.0, value if len(calls) == 2 else 2.0, 3.0, 4.0]
+
+    trainer = with_function(folders.base, tmp_path, prompts, reward, max_steps=6, reward_clip_range=clip)
+    with pytest.raises(RuntimeError, match="step 2.*score"):
+        trainer.train()
+
+
+def test_pitfall_18_an_asynchronous_function_too(folders, tmp_path, monkeypatch, prompts):
+    store_completions(monkeypatch)
+
+    async def reward(completions, **kwargs):
+        return [float("nan")] * len(completions)
+
+    with pytest.raises(RuntimeError, match="step 0.*score"):
+        with_function(folders.base, tmp_path, prompts, reward).train()
+
+
+def test_pitfall_18_a_reward_model_that_says_nan_stops_the_run(folders, tmp_path, monkeypatch, prompts):
+    store_completions(monkeypatch)
+    trainer = trainer_of(folders, "sft", "adapter", config(tmp_path), prompts)
+    with torch.no_grad():
+        trainer.roles.rewards[0].head.weight.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="step 0.*score"):
+        trainer.train()
+
+
+def test_pitfall_18_a_gradient_that_is_no_number_stops_the_run_before_the_step(
+    folders, tmp_path, monkeypatch, prompts
+):
+    store_completions(monkeypatch)
+    trainer = with_function(folders.base, tmp_path, prompts)
+    weight = trainer.model.model.layers[0].mlp.down_proj.weight
+    weight.register_hook(lambda grad: grad * float("nan"))
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    with pytest.raises(RuntimeError, match="step 0.*NaN"):
+        trainer.train()
+    assert_equal({name: p.detach() for name, p in trainer.model.named_parameters()}, before)
+
+
+def test_pitfall_18_all_eos_and_empty_completions_stop_the_run(folders, tmp_path, monkeypatch, prompts):
+    store_completions(monkeypatch, lambda _: [EOS])
+    with pytest.raises(RuntimeError, match="step 0: every completion is EOS alone"):
+        with_function(folders.base, tmp_path, prompts).train()
+    store_completions(monkeypatch, lambda _: [])
+    with pytest.raises(RuntimeError, match="step 0: an empty completion"):
+        with_function(folders.base, tmp_path, prompts).train()
+
+
+def test_pitfall_18_an_evaluation_batch_of_one_may_be_eos_alone(folders, tmp_path, monkeypatch, prompts):
+    """The last, small batch of an evaluation is no sign of a collapse."""
+    completions = iter([[5, EOS]] * 8 + [[EOS]])
+    store_completions(monkeypatch, lambda _: next(completions))
+    trainer = with_function(folders.base, tmp_path, prompts, lambda completions, **_: [1.0] * len(completions))
+    trainer.args.per_device_eval_batch_size = 8
+    assert trainer.evaluate(prompts.select(range(9)))["eval_completions/mean_length"] == pytest.approx(17 / 9)
+
+
+def test_pitfall_18_a_dataset_smaller_than_a_batch_is_an_error(folders, tmp_path, prompts):
+    with pytest.raises(InputError, match="3 prompts, less than one batch of 4"):
+        with_function(folders.base, tmp_path, prompts.select(range(3)))
+    with_function(folders.base, tmp_path, prompts.select(range(4)))
+    with_function(folders.base, tmp_path, prompts.select(range(2)), num_generations=2)
+
+
+def test_pitfall_13_long_prompts_are_dropped_counted_and_named(folders, tmp_path, prompts, caplog):
+    """`prompt i` and i dots: 8 + i bytes, from 10 on 9 + i."""
+    caplog.set_level(logging.WARNING)
+    logging.getLogger("transformers").propagate = True
+    trainer = with_function(folders.base, tmp_path, prompts, max_prompt_length=17)
+    assert trainer.train_dataset["prompt"] == prompts["prompt"][:10]
+    assert "6 of 16 prompts of train_dataset over 17 tokens dropped: rows 10, 11, 12, 13, 14, 15" in caplog.text
+    with pytest.raises(InputError, match="raise max_prompt_length"):
+        with_function(folders.base, tmp_path, prompts, max_prompt_length=3)
+    with pytest.raises(InputError, match="2 prompts, less than one batch of 4"):
+        with_function(folders.base, tmp_path, prompts, max_prompt_length=9)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"args": object()}, "expected a PPOConfig"),
+        ({"reward_funcs": None}, "nothing to learn from"),
+        ({"reward_funcs": [mean_id, 3]}, "expected functions, reward models or their folders, got int"),
+        ({"model": 3}, "model: expected a folder, a hub id or a model, got int"),
+        ({"train_dataset": None}, "train_dataset is missing"),
+        ({"train_dataset": Dataset.from_list([{"text": "a"}])}, "column 'prompt' is missing"),
+        ({"train_dataset": Dataset.from_list([{"prompt": " "}])}, "row 0.*the text is empty"),
+        ({"eval_dataset": Dataset.from_list([{"text": "a"}])}, "eval_dataset, row 0"),
+        ({"eval_dataset": {"x": Dataset.from_list([{"text": "a"}])}}, r"eval_dataset\['x'\], row 0"),
+        ({"ptx_dataset": Dataset.from_list([{"prompt": "a"}])}, "ptx_dataset, row 0"),
+        ({"model": "/no/such/folder"}, "/no/such/folder"),
+        ({"reward_model": "/no/such/reward"}, "/no/such/reward"),
+    ],
+)
+def test_bad_arguments_are_one_line(folders, tmp_path, prompts, change, named):
+    arguments = dict(model=folders.base, reward_funcs=mean_id, args=config(tmp_path / "out"), train_dataset=prompts)
+    with pytest.raises(InputError, match=named) as error:
+        PPOTrainer(**{**arguments, **change})
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_numbers_of_weights_and_an_optimizer_from_outside(folders, tmp_path, prompts):
+    with pytest.raises(InputError, match="reward_weights: expected 1 numbers"):
+        with_function(folders.base, tmp_path, prompts, reward_weights=[1.0, 2.0])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    with pytest.raises(InputError, match="optimizers"):
+        PPOTrainer(
+            model=folders.base,
+            reward_funcs=mean_id,
+            args=config(tmp_path),
+            train_dataset=prompts,
+            optimizers=(optimizer, None),
+        )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_callers_config_is_left_as_it_was(folders, tmp_path, prompts, fails):
+    """A constructor that fails, in a notebook, must not leave a config without its KL penalty behind."""
+    args = config(tmp_path, beta=0.3, model_init_kwargs={"dtype": "float32"})
+    kwargs = {"peft_config": "not a config"} if fails else {}
+    try:
+        PPOTrainer(model=folders.base, reward_funcs=mean_id, args=args, train_dataset=prompts, **kwargs)
+        assert not fails
+    except TypeError:
+        assert fails
+    assert args.beta == 0.3 and args.model_init_kwargs == {"dtype": "float32"}
