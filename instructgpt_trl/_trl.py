@@ -76,8 +76,11 @@ def precision(config) -> None:
     """
     Choose bf16, fp16 or fp32 for `config` by what the device computes natively, if the user chose neither: bf16 on
     CUDA from compute capability 8.0, fp16 below it (T4, V100), fp32 on Apple MPS and on a CPU. Call it before the
-    parent's `__post_init__`, which otherwise turns bf16 on everywhere (and raises without a GPU).
+    parent's `__post_init__`, which otherwise turns bf16 on everywhere (and raises without a GPU). Without a GPU there
+    is no memory to pin either, and torch warns of it at every epoch.
     """
+    if not torch.cuda.is_available():
+        config.dataloader_pin_memory = False
     if config.bf16 is not None or config.fp16:
         return
     cuda = torch.cuda.is_available() and not config.use_cpu

@@ -179,7 +179,7 @@ class PPOTrainer(RLOOTrainer):
             role.autocast = self.accelerator.autocast
         value = self.roles.value.network
         if value is not self.model and self.args.gradient_checkpointing:
-            value.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+            value.activation_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
             if isinstance(value, PeftModel):
                 value.enable_input_require_grads()
         self._policy_parameters = {k: p for k, p in self.roles.policy.parameters().items() if p.requires_grad}
@@ -481,7 +481,8 @@ class PPOTrainer(RLOOTrainer):
             del per_row["objective/kl"]
         for name, rows in per_row.items():
             metrics[name].extend(rows.tolist())
-        metrics["objective/scores_std"].append(scores[~scores.isnan()].std(correction=0).item())
+        if not scores.isnan().all():
+            metrics["objective/scores_std"].append(scores[~scores.isnan()].std(correction=0).item())
         metrics["objective/kl_coef"].append(self.kl_coef)
         residual, target = (returns - values)[mask], returns[mask]
         if len(target) and target.var(correction=0) > 0:
