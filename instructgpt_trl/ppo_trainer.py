@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,17 @@ from transformers import (
 from transformers.utils import logging
 from trl import RLOOTrainer
 
-from ._trl import add_fused_lm_head, get_callable_name, get_config_model_id, is_async_callable, preserved_rng
+from ._trl import add_fused_lm_head, get_config_model_id, preserved_rng
 from .data import InputError, check_output_dir, check_rows, check_tokenizers, encode_prompt
+from .data.completions import CompletionsFile
 from .data.episodes import Episodes, pad_episodes, take_rows
 from .data.pretraining import PretrainingStream, as_episodes
 from .data.prompts import drop_long_prompts
 from .functional import gae, policy_loss, token_rewards, value_loss, whiten
 from .models.ema import EMA
 from .models.loading import float32_adapters, load_policy, load_tokenizer
-from .models.reward_model import RewardModel, reward_parts
+from .models.reward_model import reward_parts
+from .models.rewards import ModelReward, finite_reward, split_rewards
 from .models.roles import Role, build_roles, disable_dropout, load_parameters, save_parameters
 from .ppo_config import PPOConfig
 
@@ -106,8 +108,8 @@ class PPOTrainer(RLOOTrainer):
         reward_model: Any = None,
         ptx_dataset: Dataset | None = None,
     ):
-        model = _as_string(model)
-        functions, models = _split_rewards(reward_funcs, reward_model)
+        model = os.fspath(model) if isinstance(model, os.PathLike) else model
+        functions, models = split_rewards(reward_funcs, reward_model)
         _check_arguments(model, args, functions, models, train_dataset, processing_class, optimizers)
         args = args or PPOConfig(f"{_name_of(model)}-PPO")
         _check_process(args, len(models), len(functions))
@@ -141,8 +143,8 @@ class PPOTrainer(RLOOTrainer):
             with float32_adapters(model):
                 super().__init__(
                     model,
-                    [_RewardRole(self, f"reward_model_{i}" if i else "reward_model") for i in range(len(parts))]
-                    + [_finite(function, self) for function in functions],
+                    [ModelReward(self, f"reward_model_{i}" if i else "reward_model") for i in range(len(parts))]
+                    + [finite_reward(function, self) for function in functions],
                     args=args,
                     train_dataset=train_dataset,
                     eval_dataset=eval_dataset,
@@ -193,6 +195,7 @@ class PPOTrainer(RLOOTrainer):
         self._order: torch.Tensor | None = None
         self._sums: dict[str, float] = defaultdict(float)
         self._evaluated = ""  # name of the evaluation set, where there are several
+        self._completions_file = CompletionsFile(Path(args.output_dir) / "completions.jsonl")
         self._ptx_stream = None
         if ptx_dataset is not None and args.ptx_coef:
             model = self.roles.policy.model
@@ -260,10 +263,10 @@ class PPOTrainer(RLOOTrainer):
             the episodes (see `data/episodes.py`) with `logprobs`, `values`, `advantages`, `returns`, each (B, T).
         """
         episodes, rows = self._sample(inputs)
-        logprobs, entropies = self._run_role(self.roles.policy, "logprobs", episodes)
+        logprobs, entropies = self.run_role(self.roles.policy, "logprobs", episodes)
         reference = self.roles.reference
-        ref_logprobs = self._run_role(reference, "logprobs", episodes)[0] if reference else logprobs
-        (values,) = self._run_role(self.roles.value, "values", episodes)
+        ref_logprobs = self.run_role(reference, "logprobs", episodes)[0] if reference else logprobs
+        (values,) = self.run_role(self.roles.value, "values", episodes)
         scores, score_parts = self._scores(rows, episodes)
         rewards = token_rewards(scores, logprobs, ref_logprobs, episodes["mask"], self.kl_coef)
         advantages, returns = gae(rewards, values, episodes["mask"], self.args.gamma, self.args.lam)
@@ -276,7 +279,7 @@ class PPOTrainer(RLOOTrainer):
             advantages = whiten(advantages, episodes["mask"])
         return {**episodes, "logprobs": logprobs, "values": values, "advantages": advantages, "returns": returns}
 
-    def _run_role(self, role: Role, method: str, episodes: Episodes) -> list[torch.Tensor]:
+    def run_role(self, role: Role, method: str, episodes: Episodes) -> list[torch.Tensor]:
         size = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
         return role.evaluate(getattr(role, method), episodes, size)
 
@@ -352,7 +355,7 @@ class PPOTrainer(RLOOTrainer):
                 loss = loss + self._ptx_backward(len(minibatch) * self.args.ptx_ratio)
             else:
                 self._sums["grad_norm/policy"] = self._norm(self._policy_parameters)
-            self._stop_unless_finite(loss, "the loss")
+            self.stop_unless_finite(loss, "the loss")
             for name, value in self._sums.items():
                 self._metrics["train"][name].append(value)
             self._sums.clear()
@@ -419,7 +422,7 @@ class PPOTrainer(RLOOTrainer):
             if parameters is self._value_parameters:
                 self._metrics["train"]["grad_norm/value"].append(norm.item())
         if self.accelerator.scaler is None:
-            self._stop_unless_finite(norm, "the policy's gradient")
+            self.stop_unless_finite(norm, "the policy's gradient")
         return norm
 
     # Evaluation
@@ -500,9 +503,8 @@ class PPOTrainer(RLOOTrainer):
             self.kl_coef *= 1 + error * len(kl) / self.args.kl_horizon
 
     def _log_completions(self, rows, score_parts, scores, kl, advantages) -> None:
-        prompts, completions = [row["prompt"] for row in rows], [row["completion"] for row in rows]
-        self._logs["prompt"].extend(prompts)
-        self._logs["completion"].extend(completions)
+        self._logs["prompt"].extend(row["prompt"] for row in rows)
+        self._logs["completion"].extend(row["completion"] for row in rows)
         self._logs["advantages"].extend(advantages.sum(1).tolist())
         parts = dict(zip(self.reward_func_names, score_parts.T, strict=True))
         for name, column in parts.items():
@@ -512,24 +514,17 @@ class PPOTrainer(RLOOTrainer):
         self._pending_extra_logs.clear()
         if not (self.args.save_completions and self.model.training):
             return
-        with self._completions_file.open("a", encoding="utf-8") as file:
-            for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-                row = {"step": self.state.global_step, "prompt": prompt, "completion": completion}
-                row |= {"score": _number(scores[i]), "kl": _number(kl[i]) if self.roles.reference else None}
-                row |= {"scores": {name: _number(column[i]) for name, column in parts.items()}}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-    @property
-    def _completions_file(self) -> Path:
-        return Path(self.args.output_dir) / "completions.jsonl"
-
-    def _start_completions(self) -> None:
-        """Take out the rows of an earlier run from the step on where this one starts."""
-        if self.args.save_completions and self._completions_file.exists():
-            with self._completions_file.open(encoding="utf-8") as file:
-                complete = [line for line in file if line.endswith("\n")]
-            kept = [line for line in complete if json.loads(line)["step"] < self.state.global_step]
-            self._completions_file.write_text("".join(kept), encoding="utf-8")
+        self._completions_file.append(
+            {
+                "step": self.state.global_step,
+                "prompt": row["prompt"],
+                "completion": row["completion"],
+                "score": _number(scores[i]),
+                "kl": _number(kl[i]) if self.roles.reference else None,
+                "scores": {name: _number(column[i]) for name, column in parts.items()},
+            }
+            for i, row in enumerate(rows)
+        )
 
     def _add(self, name: str, value: torch.Tensor) -> None:
         self._sums[name] += value.detach().item()
@@ -539,7 +534,7 @@ class PPOTrainer(RLOOTrainer):
         scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
         return torch.nn.utils.get_total_norm([g for g in grads if g is not None]).item() / scale
 
-    def _stop_unless_finite(self, tensor: torch.Tensor, what: str) -> None:
+    def stop_unless_finite(self, tensor: torch.Tensor, what: str) -> None:
         if not torch.isfinite(tensor).all():
             raise RuntimeError(
                 f"step {self.state.global_step}: {what} is NaN or infinite; the run stops before it spoils the "
@@ -583,42 +578,6 @@ class PPOTrainer(RLOOTrainer):
             super()._load_from_checkpoint(str(folder), self.model)
 
 
-class _RewardRole:
-    """A reward model as one of TRL's reward functions: it reads token ids, never text."""
-
-    def __init__(self, trainer: PPOTrainer, name: str):
-        self.trainer, self.__name__, self.role = trainer, name, None
-
-    def __call__(self, prompt_ids: list[list[int]], completion_ids: list[list[int]], **kwargs) -> list[float]:
-        trainer = self.trainer
-        episodes = pad_episodes(prompt_ids, completion_ids, trainer._tokenizer.pad_token_id)
-        episodes = {name: tensor.to(trainer.accelerator.device) for name, tensor in episodes.items()}
-        scores = trainer._run_role(self.role, "scores", episodes)[0][:, 0]
-        trainer._stop_unless_finite(scores, f"a score of '{self.__name__}'")
-        return scores.tolist()
-
-
-def _finite(function: Callable, trainer: PPOTrainer) -> Callable:
-    """A reward function that stops the run at NaN or infinity, where TRL takes NaN, like `None`, as no score."""
-
-    def checked(scores: Any) -> Any:
-        given = [score for score in scores if score is not None]
-        trainer._stop_unless_finite(torch.tensor(given, dtype=torch.float), f"a score of '{wrapped.__name__}'")
-        return scores
-
-    if is_async_callable(function):
-
-        async def wrapped(**kwargs):
-            return checked(await function(**kwargs))
-    else:
-
-        def wrapped(**kwargs):
-            return checked(function(**kwargs))
-
-    wrapped.__name__ = get_callable_name(function)
-    return wrapped
-
-
 class _StepCallback(TrainerCallback):
     """Moves the average after each optimizer step, and goes on from a resumed step."""
 
@@ -627,7 +586,8 @@ class _StepCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._step = state.global_step * args.gradient_accumulation_steps
-        self.trainer._start_completions()
+        if args.save_completions:
+            self.trainer._completions_file.start(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.ema is not None:
@@ -661,23 +621,11 @@ def _name_of(model: Any) -> str:
     return (model if isinstance(model, str) else get_config_model_id(model.config)).rstrip("/").split("/")[-1]
 
 
-def _as_string(path: Any) -> Any:
-    return os.fspath(path) if isinstance(path, os.PathLike) else path
-
-
 def _each(dataset: Any, apply) -> Any:
     """`apply(rows, name)` to an evaluation dataset, or to each of a dictionary of them."""
     if isinstance(dataset, dict):
         return {name: apply(rows, f"eval_dataset['{name}']") for name, rows in dataset.items()}
     return apply(dataset, "eval_dataset")
-
-
-def _split_rewards(reward_funcs: Any, reward_model: Any) -> tuple[list, list]:
-    """Plain functions, and reward models (those among `reward_funcs` behind those of `reward_model`)."""
-    listed = [x if isinstance(x, list) else [x] for x in (reward_model, reward_funcs) if x is not None]
-    rewards = [_as_string(reward) for group in listed for reward in group]
-    models = [reward for reward in rewards if isinstance(reward, str | RewardModel | torch.nn.Module)]
-    return [reward for reward in rewards if not any(reward is model for model in models)], models
 
 
 def _load(model: str, args: PPOConfig, quantization_config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
