@@ -1,0 +1,295 @@
+"""
+The paper in miniature, offline, on two CPU cores, in minutes: a generated world, a language model pretrained on its
+web, demonstrations (SFT), K-way rankings by simulated labelers (reward model), PPO and PPO-ptx, and a report.
+
+    python recipes/demo/run.py --seed 0 --output_dir runs/demo
+    python recipes/demo/run.py --quick        # a smaller version in under 90 seconds, for tests
+"""
+
+import argparse
+import os
+import random
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import datasets
+import transformers
+from base import batches, make_tokenizer, packed_batches, pretrain
+from datasets import Dataset
+from evaluation import Samples, mean_gold, mean_kl, pretraining_loss, sample, win_rate
+from gold import gold_reward
+from labelers import accuracy, agreement, make_labelers, rank_all
+from progress import Bar, Progress
+from report import print_table, write_report
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from world import World, make_world
+
+from instructgpt_trl import PPOConfig, PPOTrainer, RewardConfig, RewardModel, RewardTrainer, SFTConfig, SFTTrainer
+
+BATCH_TOKENS = 1024  # of a pretraining step
+PTX_LENGTH = 64  # tokens of a pretraining example
+MAX_COMPLETION = 48  # tokens; the longest demonstration has 36
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much of everything. Learning rates are those of a small model; the paper's are for 1.3B and up."""
+
+    primer_texts: int = 9_000
+    web_texts: int = 16_000
+    demonstrations: int = 500
+    ranked_prompts: int = 1_800
+    test_prompts: int = 400
+    ppo_steps: int = 200
+    quick: bool = False
+
+
+QUICK = Settings(
+    primer_texts=600, web_texts=1_500, demonstrations=100, ranked_prompts=60, test_prompts=40, ppo_steps=12, quick=True
+)
+
+
+class Run:
+    """
+    One run of the demo: each method is a stage, writes its model to a folder and adds to `results`.
+
+    Args:
+        seed (`int`): seed of the world, the models and the labelers.
+        output_dir (`Path`): folder for models and the report.
+        settings (`Settings`): how much of everything.
+    """
+
+    def __init__(self, seed: int, output_dir: Path, settings: Settings):
+        self.seed, self.dir, self.settings = seed, output_dir, settings
+        self.results: dict[str, Any] = {
+            "seed": seed,
+            "seconds": {},
+            "labelers": {},
+            "reward_model": {},
+            "policies": {},
+        }
+        self.curves: dict[str, list[dict[str, float]]] = {}
+        self.world: World = make_world(seed)
+        self.labelers = make_labelers("train", seed=seed)
+        self.judges = make_labelers("heldout", seed=seed)
+        self.train = self.world.splits["train"]
+        self.test = [row["prompt"] for row in self.world.splits["test"]][: settings.test_prompts]
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage."""
+        start = time.perf_counter()
+        yield
+        self.results["seconds"][name] = round(time.perf_counter() - start, 1)
+
+    def path(self, name: str) -> str:
+        """Folder of a model."""
+        return str(self.dir / name)
+
+    def common(self, name: str) -> dict[str, Any]:
+        """Arguments that every trainer gets."""
+        return {
+            "output_dir": self.path(name),
+            "seed": self.seed,
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_steps": 5,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+        }
+
+    def pretrain(self) -> None:
+        """The base model, on web text."""
+        web = self.world.web(self.settings.web_texts)
+        held_out = self.world.web(300, "heldout")
+        prompts = [row["prompt"] for rows in self.world.splits.values() for row in rows]
+        self.demonstrations = self.world.demonstrations(self.train[: self.settings.demonstrations])
+        primer = self.world.primer(self.settings.primer_texts)
+        completions = [row["completion"] for row in self.demonstrations]
+        tokenizer = make_tokenizer([*primer, *web, *held_out, *prompts, *completions])
+        bar = Bar("pretraining")
+        # First text by text, where words are easiest to copy, then joined and cut, as in PPO's pretraining gradients
+        half = len(web) // 2
+        steps = [
+            *batches(primer, tokenizer, BATCH_TOKENS, self.seed),
+            *batches(web[:half], tokenizer, BATCH_TOKENS, self.seed),
+            *packed_batches(web[half:], tokenizer, BATCH_TOKENS, PTX_LENGTH),
+        ]
+        pretrain(steps, tokenizer, self.path("base"), self.seed, show=bar.loss)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.path("base"))
+        self.web = Dataset.from_dict({"text": web})
+        self.held_out_batches = packed_batches(held_out, self.tokenizer, 8192, PTX_LENGTH)
+
+    def sft(self) -> None:
+        """Supervised fine-tuning on demonstrations."""
+        args = SFTConfig(
+            **self.common("sft"),
+            per_device_train_batch_size=16,
+            learning_rate=5e-4,
+            num_train_epochs=2,
+            residual_dropout=0.1,
+            pretraining_fraction=0.1,  # as in the paper's start of RLHF (C.3)
+            max_length=PTX_LENGTH,
+        )
+        demonstrations = Dataset.from_list(self.demonstrations).select_columns(["prompt", "completion"])
+        trainer = SFTTrainer(
+            model=self.path("base"), args=args, train_dataset=demonstrations, pretraining_dataset=self.web
+        )
+        Progress.attach(trainer, "SFT", {"loss": "loss"})
+        trainer.train()
+        trainer.save_model()
+
+    def collect_rankings(self) -> None:
+        """K = 4 to 9 samples of the SFT model for each prompt, ranked by one labeler each; and the agreement."""
+        model = self.load("sft")
+        rng = random.Random(f"K {self.seed}")
+        prompts = [row["prompt"] for row in self.train]
+        prompts = rng.sample(prompts, min(self.settings.ranked_prompts, len(prompts)))
+        ranked = self.sample_many(model, {prompt: rng.randint(4, 9) for prompt in prompts}, seed=1)
+        self.rankings = rank_all(self.world.tasks, ranked, self.labelers, self.seed)
+        self.test_samples = self.sample_many(model, {prompt: 4 for prompt in self.test}, seed=2)
+        for name, group in (("agreement", self.labelers), ("heldout_agreement", self.judges)):
+            self.results["labelers"][name] = round(agreement(self.world.tasks, self.test_samples, group), 4)
+
+    def sample_many(self, model, counts: dict[str, int], seed: int) -> dict[str, list[str]]:
+        """Some completions for each prompt, as many as `counts` says; empty ones, which nobody could rank, are out."""
+        prompts = [prompt for prompt, count in counts.items() for _ in range(count)]
+        samples = sample(model, self.tokenizer, prompts, MAX_COMPLETION, seed)
+        found: dict[str, list[str]] = {prompt: [] for prompt in counts}
+        for prompt, text in zip(samples.prompts, samples.texts, strict=True):
+            if text.strip():
+                found[prompt].append(text)
+        return {prompt: texts for prompt, texts in found.items() if len(texts) >= 2}
+
+    def reward_model(self) -> None:
+        """The reward model, from the SFT model, on the rankings; demonstrations then score 0 on average."""
+        args = RewardConfig(
+            **self.common("rm"),
+            per_device_train_batch_size=4,
+            learning_rate=5e-4,
+            num_train_epochs=1,
+            max_length=PTX_LENGTH,
+        )
+        trainer = RewardTrainer(
+            model=self.path("sft"),
+            args=args,
+            train_dataset=Dataset.from_list(self.rankings).select_columns(["prompt", "completions", "ranks"]),
+            demonstration_dataset=Dataset.from_list(self.demonstrations).select_columns(["prompt", "completion"]),
+        )
+        Progress.attach(trainer, "reward model", {"loss": "loss", "accuracy": "accuracy"})
+        trainer.train()
+        trainer.save_model()
+        self.curves["reward_model"] = trainer.state.log_history
+        self.rm = RewardModel.from_pretrained(self.path("rm"))
+        scores = {}
+        for prompt, completions in self.test_samples.items():
+            scores[prompt] = self.rm.score([prompt] * len(completions), completions, batch_size=16)
+        for name, group in (("train", self.labelers), ("heldout", self.judges)):
+            value = accuracy(self.world.tasks, self.test_samples, scores, group)
+            self.results["reward_model"][f"accuracy_{name}_labelers"] = round(value, 4)
+        columns = [[row[name] for row in self.demonstrations] for name in ("prompt", "completion")]
+        shown = self.rm.score(*columns, batch_size=64)
+        self.results["reward_model"]["demonstration_mean"] = sum(shown) / len(shown)
+
+    def ppo(self, name: str, ptx: bool) -> None:
+        """PPO, with pretraining gradients if `ptx`; the same prompts, steps and rates either way."""
+        args = PPOConfig(
+            **self.common(name),
+            per_device_train_batch_size=32,
+            gradient_accumulation_steps=1,
+            steps_per_generation=2,
+            max_completion_length=MAX_COMPLETION,
+            max_prompt_length=48,
+            learning_rate=1e-4,
+            value_learning_rate=5e-4,
+            max_steps=self.settings.ppo_steps,
+            beta=0.02,
+            ptx_coef=0.3,
+            ptx_ratio=1,
+            ptx_max_length=PTX_LENGTH,
+            save_completions=False,
+        )
+        trainer = PPOTrainer(
+            model=self.path("sft"),
+            reward_model=self.path("rm"),
+            args=args,
+            train_dataset=Dataset.from_list(self.train).select_columns(["prompt"]),
+            ptx_dataset=self.web if ptx else None,
+        )
+        Progress.attach(trainer, name, {"objective/scores": "score", "objective/kl": "kl"})
+        trainer.train()
+        trainer.save_model()
+        self.curves[name] = trainer.state.log_history
+
+    def load(self, name: str):
+        """A saved language model, for evaluation."""
+        return AutoModelForCausalLM.from_pretrained(self.path(name)).eval()
+
+    def evaluate(self) -> dict[str, Samples]:
+        """Every policy on held-out prompts, judged by held-out labelers."""
+        sft = self.load("sft")
+        opponents = sample(sft, self.tokenizer, self.test, MAX_COMPLETION, seed=4)
+        everything = {}
+        for name in ("base", "sft", "ppo", "ppo_ptx"):
+            model = self.load(name)
+            samples = sample(model, self.tokenizer, self.test, MAX_COMPLETION, seed=3)
+            everything[name] = samples
+            scores = self.rm.score_ids(samples.prompt_ids, samples.completion_ids, batch_size=64)
+            self.results["policies"][name] = {
+                "win_rate_vs_sft": win_rate(self.world.tasks, samples, opponents, self.judges, self.seed),
+                "gold_reward": mean_gold(self.world.tasks, samples),
+                "rm_score": float(scores.mean()),
+                "kl": mean_kl(model, sft, samples),
+                "pretraining_loss": pretraining_loss(model, self.held_out_batches),
+            }
+        return everything
+
+    def shown(self, everything: dict[str, Samples]) -> list[dict[str, Any]]:
+        """Each policy's answer to the same held-out prompts, and its gold reward."""
+        rows = []
+        for index, prompt in enumerate(self.test):
+            task = self.world.tasks[prompt]
+            row: dict[str, Any] = {"prompt": prompt, "category": task.use_case}
+            for name, samples in everything.items():
+                row[name] = (samples.texts[index], gold_reward(task, samples.texts[index]))
+            rows.append(row)
+        return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    """All stages, one after the other, and the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the world, the models and the labelers")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="where models and report go")
+    parser.add_argument("--quick", action="store_true", help="a small version, for tests")
+    arguments = parser.parse_args(argv)
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    run = Run(arguments.seed, arguments.output_dir, QUICK if arguments.quick else Settings())
+    with run.stage("total"):
+        for stage in (run.pretrain, run.sft, run.collect_rankings, run.reward_model):
+            with run.stage(stage.__name__):
+                stage()
+        for name, ptx in (("ppo", False), ("ppo_ptx", True)):
+            with run.stage(name):
+                run.ppo(name, ptx)
+        with run.stage("evaluate"):
+            everything = run.evaluate()
+    write_report(run.results, run.curves, run.shown(everything), arguments.output_dir)
+    print_table(run.results)
+    print(f"report: {arguments.output_dir / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()
