@@ -11,8 +11,7 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,12 @@ import datasets
 import transformers
 from base import batches, make_tokenizer, packed_batches, pretrain
 from datasets import Dataset
-from evaluation import Samples, mean_gold, mean_kl, pretraining_loss, sample, win_rate
+from evaluation import mean_gold, mean_kl, pretraining_loss, sample, win_rate
 from gold import gold_reward
 from labelers import accuracy, agreement, make_labelers, rank_all
 from progress import Bar, Progress
 from report import print_table, write_report
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from world import World, make_world
 
 from instructgpt_trl import PPOConfig, PPOTrainer, RewardConfig, RewardModel, RewardTrainer, SFTConfig, SFTTrainer
@@ -37,6 +36,19 @@ from instructgpt_trl import PPOConfig, PPOTrainer, RewardConfig, RewardModel, Re
 BATCH_TOKENS = 1024  # of a pretraining step
 PTX_LENGTH = 64  # tokens of a pretraining example
 MAX_COMPLETION = 48  # tokens; the longest demonstration has 36
+
+
+class PretrainingLoss(TrainerCallback):
+    """Measures the policy's loss on held-out web text about a dozen times in a training; `points` is the curve."""
+
+    def __init__(self, batches: list):
+        self.batches = batches
+        self.points: list[dict[str, float]] = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % max(1, state.max_steps // 12) == 0:
+            loss = pretraining_loss(model, self.batches)
+            self.points.append({"step": state.global_step, "pretraining_loss": loss})
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,7 @@ class Settings:
     quick: bool = False
 
 
+TITLES = {"ppo": "PPO", "ppo_ptx": "PPO-ptx"}
 QUICK = Settings(
     primer_texts=600, web_texts=1_500, demonstrations=100, ranked_prompts=60, test_prompts=40, ppo_steps=12, quick=True
 )
@@ -82,13 +95,6 @@ class Run:
         self.judges = make_labelers("heldout", seed=seed)
         self.train = self.world.splits["train"]
         self.test = [row["prompt"] for row in self.world.splits["test"]][: settings.test_prompts]
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a stage."""
-        start = time.perf_counter()
-        yield
-        self.results["seconds"][name] = round(time.perf_counter() - start, 1)
 
     def path(self, name: str) -> str:
         """Folder of a model."""
@@ -224,71 +230,92 @@ class Run:
             train_dataset=Dataset.from_list(self.train).select_columns(["prompt"]),
             ptx_dataset=self.web if ptx else None,
         )
-        Progress.attach(trainer, name, {"objective/scores": "score", "objective/kl": "kl"})
+        Progress.attach(trainer, TITLES[name], {"objective/scores": "score", "objective/kl": "KL"})
+        held_out = PretrainingLoss(self.held_out_batches)
+        trainer.add_callback(held_out)
         trainer.train()
         trainer.save_model()
-        self.curves[name] = trainer.state.log_history
+        self.curves[name] = trainer.state.log_history + held_out.points
 
     def load(self, name: str):
         """A saved language model, for evaluation."""
         return AutoModelForCausalLM.from_pretrained(self.path(name)).eval()
 
-    def evaluate(self) -> dict[str, Samples]:
+    def evaluate(self) -> None:
         """Every policy on held-out prompts, judged by held-out labelers."""
+        tasks = self.world.tasks
         sft = self.load("sft")
         opponents = sample(sft, self.tokenizer, self.test, MAX_COMPLETION, seed=4)
-        everything = {}
+        rows = [{"prompt": prompt, "category": tasks[prompt].use_case} for prompt in self.test]
         for name in ("base", "sft", "ppo", "ppo_ptx"):
             model = self.load(name)
             samples = sample(model, self.tokenizer, self.test, MAX_COMPLETION, seed=3)
-            everything[name] = samples
-            scores = self.rm.score_ids(samples.prompt_ids, samples.completion_ids, batch_size=64)
+            scores = self.rm.score_ids(samples.prompt_ids, samples.completion_ids, batch_size=16)
             self.results["policies"][name] = {
-                "win_rate_vs_sft": win_rate(self.world.tasks, samples, opponents, self.judges, self.seed),
-                "gold_reward": mean_gold(self.world.tasks, samples),
+                "win_rate_vs_sft": win_rate(tasks, samples, opponents, self.judges, self.seed),
+                "gold_reward": mean_gold(tasks, samples),
                 "rm_score": float(scores.mean()),
                 "kl": mean_kl(model, sft, samples),
                 "pretraining_loss": pretraining_loss(model, self.held_out_batches),
             }
-        return everything
-
-    def shown(self, everything: dict[str, Samples]) -> list[dict[str, Any]]:
-        """Each policy's answer to the same held-out prompts, and its gold reward."""
-        rows = []
-        for index, prompt in enumerate(self.test):
-            task = self.world.tasks[prompt]
-            row: dict[str, Any] = {"prompt": prompt, "category": task.use_case}
-            for name, samples in everything.items():
-                row[name] = (samples.texts[index], gold_reward(task, samples.texts[index]))
-            rows.append(row)
-        return rows
+            for row, text in zip(rows, samples.texts, strict=True):
+                row[name] = (text, gold_reward(tasks[row["prompt"]], text))
+        self.samples = _one_each(rows)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """All stages, one after the other, and the report."""
+def _one_each(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows in an order in which the use cases take turns, so that the first of them show every kind."""
+    turn: dict[str, int] = {}
+    keys = []
+    for index, row in enumerate(rows):
+        turn[row["category"]] = turn.get(row["category"], 0) + 1
+        keys.append((turn[row["category"]], index))
+    return [rows[index] for _, index in sorted(keys)]
+
+
+def run(seed: int, output_dir: Path, settings: Settings) -> dict[str, Any]:
+    """All stages in order; writes models and report to `output_dir` and returns what `report.json` holds."""
+    start = time.perf_counter()
+    demo = Run(seed, output_dir, settings)
+    stages: dict[str, Callable[[], None]] = {
+        "pretraining": demo.pretrain,
+        "sft": demo.sft,
+        "rankings": demo.collect_rankings,
+        "reward_model": demo.reward_model,
+        "ppo": lambda: demo.ppo("ppo", ptx=False),
+        "ppo_ptx": lambda: demo.ppo("ppo_ptx", ptx=True),
+        "evaluation": demo.evaluate,
+    }
+    for name, stage in stages.items():
+        begin = time.perf_counter()
+        stage()
+        demo.results["seconds"][name] = round(time.perf_counter() - begin, 1)
+    demo.results["seconds"]["total"] = round(time.perf_counter() - start, 1)
+    write_report(demo.results, demo.curves, demo.samples, output_dir)
+    return demo.results
+
+
+def main() -> None:
+    """Read the command line, run, and say where the report is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the world, the models and the labelers")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="where models and report go")
-    parser.add_argument("--quick", action="store_true", help="a small version, for tests")
-    arguments = parser.parse_args(argv)
-    warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--quick", action="store_true", help="a smaller version in under 90 seconds, for tests")
+    options = parser.parse_args()
+    quieten()
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    print(f"The paper in miniature, seed {options.seed}: a world, its web, five models, two CPU cores, a few minutes.")
+    results = run(options.seed, options.output_dir, QUICK if options.quick else Settings())
+    print_table(results)
+    print(f"report: {options.output_dir / 'report.html'}   ({results['seconds']['total']:.0f} s)")
+
+
+def quieten() -> None:
+    """Turn off the libraries' progress bars and notices: the demo prints one line a stage of its own."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    run = Run(arguments.seed, arguments.output_dir, QUICK if arguments.quick else Settings())
-    with run.stage("total"):
-        for stage in (run.pretrain, run.sft, run.collect_rankings, run.reward_model):
-            with run.stage(stage.__name__):
-                stage()
-        for name, ptx in (("ppo", False), ("ppo_ptx", True)):
-            with run.stage(name):
-                run.ppo(name, ptx)
-        with run.stage("evaluate"):
-            everything = run.evaluate()
-    write_report(run.results, run.curves, run.shown(everything), arguments.output_dir)
-    print_table(run.results)
-    print(f"report: {arguments.output_dir / 'report.html'}")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 if __name__ == "__main__":
