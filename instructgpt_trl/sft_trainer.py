@@ -116,7 +116,8 @@ class SFTTrainer(trl.SFTTrainer):
         prompts = _validation_prompts(reward_model, prompt_dataset, eval_dataset, args)
         from_adapter = isinstance(model, str) and is_adapter(model)
         if from_adapter and peft_config is not None:
-            raise InputError(f"{model} is an adapter, whose own weights are trained on; leave out peft_config")
+            logger.warning(f"{model} is an adapter and keeps its own shape; peft_config is not used")
+            peft_config = None
 
         with preserved_rng():
             if from_adapter:

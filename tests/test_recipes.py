@@ -18,7 +18,6 @@ from instructgpt_trl.data import InputError
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
-sys.path.insert(0, str(RECIPES))  # as `python recipes/x.py` does
 common, *SCRIPTS = (importlib.import_module(name) for name in ("common", "sft", "reward", "ppo_ptx"))
 SFT, REWARD, PPO = SCRIPTS
 MAIN = {script.__name__: script for script in SCRIPTS}

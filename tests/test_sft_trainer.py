@@ -12,7 +12,7 @@ import torch
 import trl
 from conftest import make_gpt2, make_llama, make_tokenizer
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -692,9 +692,12 @@ def test_adapter_folder_equals_the_parent_on_the_loaded_model(tmp_path, base_dir
     assert_same(weights(parent), weights(ours))
 
 
-def test_adapter_folder_with_a_peft_config_is_refused(tmp_path, adapter_dir, demonstrations):
-    with pytest.raises(InputError, match="adapter.*leave out peft_config"):
-        SFTTrainer(adapter_dir, config(tmp_path), train_dataset=demonstrations, peft_config=LoraConfig())
+def test_adapter_folder_keeps_its_shape_beside_a_peft_config(tmp_path, adapter_dir, demonstrations, caplog):
+    trainer = SFTTrainer(adapter_dir, config(tmp_path), train_dataset=demonstrations, peft_config=LoraConfig(r=3))
+    assert "keeps its own shape" in caplog.text
+    saved = json.loads((Path(adapter_dir) / "adapter_config.json").read_text(encoding="utf-8"))
+    assert trainer.model.peft_config["default"].r == saved["r"] != 3
+    assert_same(load_file(Path(adapter_dir) / "adapter_model.safetensors"), get_peft_model_state_dict(trainer.model))
 
 
 @pytest.mark.parametrize("fresh", [True, False])

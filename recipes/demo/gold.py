@@ -1,15 +1,16 @@
 """The gold reward: what a perfectly careful reader of the demo's world thinks of an answer."""
 
 import re
+from functools import lru_cache
 
 from tasks import Task
 from words import POLITE_ENDS, POLITE_STARTS, RICH, RUDE
 
 # What each ingredient is worth. Labelers differ a little in these (labelers.py).
-WEIGHTS = {"relevance": 1.6, "courtesy": 1.6, "rudeness": -2.0, "richness": 1.4, "form": 2.0, "repetition": -2.0}
+WEIGHTS = {"relevance": 0.9, "courtesy": 1.6, "rudeness": -2.0, "richness": 1.4, "form": 2.0, "repetition": -2.0}
 # Mean and standard deviation of the weighted sum over samples of the SFT model, rounded (seeds 0 to 2), so that the
 # gold reward is in standard deviations and 0 is about what SFT reaches
-MEAN, SD = 4.3, 0.95
+MEAN, SD = 3.65, 0.95
 
 
 def gold_reward(task: Task, completion: str) -> float:
@@ -22,6 +23,7 @@ def utility(values: dict[str, float], weights: dict[str, float]) -> float:
     return (sum(weights[name] * values[name] for name in WEIGHTS) - MEAN) / SD
 
 
+@lru_cache(maxsize=100_000)
 def ingredients(task: Task, completion: str) -> dict[str, float]:
     """
     What the gold reward sees in a completion, each about 0 to 1.

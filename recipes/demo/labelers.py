@@ -1,15 +1,15 @@
 """Simulated labelers: the gold reward, plus a taste of their own, plus noise."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from gold import WEIGHTS, ingredients, utility
 from tasks import Task
 
-# Standard deviation of a labeler's noise, by group, in standard deviations of the gold reward. Two of a group then
-# agree on 73 to 78 % of the pairs that neither ties (InstructGPT: 72.6 % training labelers, 77.3 % held-out labelers)
-NOISE = {"train": 0.6, "heldout": 0.5}
+# Two labelers of a group agree on about this share of the pairs that neither ties; `set_noise` sees to it. In the
+# paper: 72.6 % for training labelers, 77.3 % for held-out labelers
+AGREEMENT = {"train": 0.76, "heldout": 0.77}
 TIE_WIDTH = 0.25  # utilities in the same interval of this width tie
 TASTE = 0.2  # spread of the log weights among the labelers of a group
 # The held-out group as a whole looks more at whether an answer is right, less at whether it is polite
@@ -24,12 +24,13 @@ class Labeler:
     Args:
         name (`str`): goes into `labeler_id` and into the noise.
         weights (`dict[str, float]`): his taste, in place of `gold.WEIGHTS`.
-        noise (`float`): standard deviation of the noise, in standard deviations of the gold reward.
+        noise (`float`, *optional*, defaults to 0.5): standard deviation of the noise, in standard deviations of the
+            gold reward.
     """
 
     name: str
     weights: dict[str, float]
-    noise: float
+    noise: float = 0.5
 
     def grade(self, task: Task, completion: str) -> int:
         """His utility of a completion as an interval's number; the same for the same completion, whenever asked."""
@@ -55,8 +56,23 @@ def make_labelers(group: str, count: int = 5, seed: int = 0) -> list[Labeler]:
     labelers = []
     for k in range(count):
         weights = {name: weight * shared.get(name, 1.0) * 2 ** rng.gauss(0, TASTE) for name, weight in WEIGHTS.items()}
-        labelers.append(Labeler(f"{group}_{k} of {seed}", weights, NOISE[group]))
+        labelers.append(Labeler(f"{group}_{k} of {seed}", weights))
     return labelers
+
+
+def set_noise(
+    labelers: list[Labeler], tasks: dict[str, Task], samples: dict[str, list[str]], target: float
+) -> list[Labeler]:
+    """
+    The labelers with the noise at which two of them agree on a share `target` of the untied pairs of `samples`, found
+    by bisection: more noise, less agreement.
+    """
+    low, high = 0.0, 3.0
+    for _ in range(8):
+        noise = (low + high) / 2
+        noisy = [replace(labeler, noise=noise) for labeler in labelers]
+        low, high = (noise, high) if agreement(tasks, samples, noisy) > target else (low, noise)
+    return noisy
 
 
 def rank_all(

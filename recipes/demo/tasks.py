@@ -40,7 +40,7 @@ SHARES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a task is itself only: cheap to hash, for the cache of gold.py
 class Task:
     """
     A prompt and what the gold reward looks for in its answer.

@@ -55,7 +55,7 @@ class World:
         ]
 
     def web(self, count: int, name: str = "train") -> list[str]:
-        """`count` texts of web quality, the same for the same `name`; none holds a prompt of `valid` or `test`."""
+        """`count` texts of web quality, the same for the same `name`; none asks a prompt of `valid` or `test`."""
         rng = random.Random(f"web {name} {self.seed}")
         held_out = self._held_out()
         return [_web_text(rng, held_out) for _ in range(count)]
