@@ -52,7 +52,8 @@ class PPOConfig(RLOOConfig):
         kl_horizon (`int`, *optional*, defaults to `10000`):
             Episodes over which an adaptive `beta` reacts [L].
         save_completions (`bool`, *optional*, defaults to `True`):
-            Append every completion with its score and KL to `completions.jsonl` in the output folder.
+            Append every completion with its score and KL to `completions.jsonl` in the output folder, those of
+            evaluations to `eval_completions.jsonl`.
 
     Changed defaults: `beta=0.02` [P], `num_generations=1` [P], `max_completion_length=1024` [P],
     `learning_rate=8.05e-6` (the highest that was stable without pretraining gradients [P C.4]),
@@ -84,7 +85,7 @@ class PPOConfig(RLOOConfig):
     missing_eos_score: float | None = field(default=None, metadata={"help": "Score of a completion without EOS."})
     kl_target: float | None = field(default=None, metadata={"help": "Target KL of an adaptive beta, in nats."})
     kl_horizon: int = field(default=10_000, metadata={"help": "Episodes over which an adaptive beta reacts."})
-    save_completions: bool = field(default=True, metadata={"help": "Write completions.jsonl."})
+    save_completions: bool = field(default=True, metadata={"help": "Write completions.jsonl, eval_completions.jsonl."})
 
     def __post_init__(self):
         precision(self)

@@ -46,6 +46,7 @@ logger = logging.get_logger(__name__)
 VALUE_FILE = "value_model.safetensors"
 _REWARD_ARGUMENTS = ("prompts", "completions")  # TRL's own; columns of these names cannot be passed to functions
 STATE_FILE = "ppo_state.json"
+COMPLETIONS_FILES = {"train": "completions.jsonl", "eval": "eval_completions.jsonl"}
 
 
 class PPOTrainer(RLOOTrainer):
@@ -195,7 +196,8 @@ class PPOTrainer(RLOOTrainer):
         self._order: torch.Tensor | None = None
         self._sums: dict[str, float] = defaultdict(float)
         self._evaluated = ""  # name of the evaluation set, where there are several
-        self._completions_file = CompletionsFile(Path(args.output_dir) / "completions.jsonl")
+        folder = Path(args.output_dir)
+        self._files = {mode: CompletionsFile(folder / name) for mode, name in COMPLETIONS_FILES.items()}
         self._ptx_stream = None
         if ptx_dataset is not None and args.ptx_coef:
             model = self.roles.policy.model
@@ -512,11 +514,14 @@ class PPOTrainer(RLOOTrainer):
         for column, values in self._pending_extra_logs.items():  # and to `log_extra`
             self._logs["extra"][column].extend(values)
         self._pending_extra_logs.clear()
-        if not (self.args.save_completions and self.model.training):
+        if not self.args.save_completions:
             return
-        self._completions_file.append(
+        training = self.model.training
+        where = {} if training or not self._evaluated else {"dataset": self._evaluated}
+        self._files["train" if training else "eval"].append(
             {
                 "step": self.state.global_step,
+                **where,
                 "prompt": row["prompt"],
                 "completion": row["completion"],
                 "score": _number(scores[i]),
@@ -587,7 +592,9 @@ class _StepCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._step = state.global_step * args.gradient_accumulation_steps
         if args.save_completions:
-            self.trainer._completions_file.start(state.global_step)
+            step = state.global_step
+            self.trainer._files["train"].start(step)
+            self.trainer._files["eval"].start(step and step + 1)  # of this step's own, a checkpoint comes after it
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.ema is not None:

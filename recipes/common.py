@@ -123,6 +123,14 @@ def read_and_split(args: DataArguments, config: TrainingArguments, kind: str) ->
     return rows, held_out
 
 
+def final_evaluation(trainer: Trainer) -> dict[str, float]:
+    """Metrics of the model as it is after training: those that were measured at the last step, else measured now."""
+    last = [row for row in trainer.state.log_history if "eval_runtime" in row][-1:]
+    if last and last[0]["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end:
+        return last[0]
+    return trainer.evaluate()
+
+
 def next_command(args: DataArguments, output_dir: str, recipe: str, **flags: str) -> str:
     """The command of the next stage, with that stage's YAML file if it lies beside this one's."""
     script = Path(os.path.relpath(__file__)).with_name(recipe)

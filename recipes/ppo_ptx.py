@@ -10,7 +10,7 @@ Without `--ptx_dataset` this is PPO. Flags and `--config` are as in sft.py.
 
 from dataclasses import dataclass, field
 
-from common import DataArguments, finish, parse, read, read_and_split, run
+from common import DataArguments, final_evaluation, finish, parse, read, read_and_split, run
 from trl import get_peft_config, get_quantization_config
 
 from instructgpt_trl import PPOConfig, PPOTrainer
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     )
     trainer.train(config.resume_from_checkpoint)
     if held_out is not None:
-        trainer.evaluate()
+        final_evaluation(trainer)
     prompt = "[{'role': 'user', 'content': 'Your prompt'}]" if args.conversational else "'Your prompt'"
     generate = f"pipeline('text-generation', '{config.output_dir}')({prompt}, max_new_tokens=64)"
     finish(trainer, f'python -c "from transformers import pipeline; print({generate})"')

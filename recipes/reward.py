@@ -12,7 +12,7 @@ Flags and `--config` are as in sft.py.
 from dataclasses import dataclass, field
 
 import torch
-from common import DataArguments, finish, next_command, parse, read, read_and_split, run
+from common import DataArguments, final_evaluation, finish, next_command, parse, read, read_and_split, run
 from datasets import Dataset
 from trl import get_peft_config, get_quantization_config
 
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     )
     trainer.train(config.resume_from_checkpoint)
     if held_out is not None:
-        accuracy = trainer.evaluate().get("eval_accuracy", float("nan"))
+        accuracy = final_evaluation(trainer).get("eval_accuracy", float("nan"))
         longer = longer_wins(trainer.eval_dataset)
         trainer.accelerator.print(f"\nheld-out accuracy: {accuracy:.4f}   'the longer one wins': {longer:.4f}")
     then = next_command(

@@ -10,7 +10,7 @@ DIR is a model or an adapter, a folder or a hub id. A row has `prompt` and `comp
 
 from dataclasses import dataclass, field
 
-from common import DataArguments, finish, next_command, parse, read, read_and_split, run
+from common import DataArguments, final_evaluation, finish, next_command, parse, read, read_and_split, run
 from trl import get_peft_config, get_quantization_config
 
 from instructgpt_trl import SFTConfig, SFTTrainer
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     )
     trainer.train(config.resume_from_checkpoint)
     if held_out is not None:
-        trainer.evaluate()
+        final_evaluation(trainer)
     then = next_command(
         args,
         config.output_dir,

@@ -66,7 +66,9 @@ def test_no_text_to_pretrain_on_asks_a_held_out_prompt(world):
     held_out = tuple(row["prompt"] + " " for split in ("valid", "test") for row in world.splits[split])
     trained_on = tuple(row["prompt"] + " " for row in world.splits["train"])
     assert not [text for text in texts if text.startswith(held_out)]
-    assert sum(text.startswith(trained_on) for text in texts) > 300  # were held-out prompts asked, some 90 would be there
+    assert (
+        sum(text.startswith(trained_on) for text in texts) > 300
+    )  # were held-out prompts asked, some 90 would be there
 
 
 def test_web_and_held_out_web_differ(world):

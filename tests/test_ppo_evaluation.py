@@ -102,7 +102,7 @@ def test_pitfall_17_19_evaluation_means_are_over_completions(folders, tmp_path, 
 def test_evaluation_on_several_sets_and_with_several_completions(folders, tmp_path, monkeypatch, prompts, heldout):
     """Each set under its own name, where TRL writes all under one; two completions of each of its prompts."""
     batches = store_completions(monkeypatch)
-    args = config(tmp_path, num_generations_eval=2, per_device_eval_batch_size=4)
+    args = config(tmp_path, num_generations_eval=2, per_device_eval_batch_size=4, save_completions=True)
     trainer = trainer_of(folders, "sft", args, prompts, {"a": heldout, "b": heldout.select(range(2))})
     metrics = trainer.evaluate()
     assert [len(batch) for batch in batches] == [4, 4, 4, 2, 4]
@@ -111,6 +111,7 @@ def test_evaluation_on_several_sets_and_with_several_completions(folders, tmp_pa
         assert metrics[f"eval_{name}_objective/scores"] == pytest.approx(np.mean(scores), rel=1e-5)
         assert logged(trainer, f"eval_{name}_objective/scores") == [metrics[f"eval_{name}_objective/scores"]]
     assert "eval_objective/scores" not in metrics
+    assert [row["dataset"] for row in read_jsonl(tmp_path, "eval_completions.jsonl")] == ["a"] * 14 + ["b"] * 4
     assert trainer.evaluate(heldout.select(range(2)))["eval_objective/scores"] == metrics["eval_b_objective/scores"]
 
 
@@ -217,17 +218,17 @@ def test_pitfall_17_early_stopping_stops(folders, tmp_path, monkeypatch, prompts
 # Logs
 
 
-def read_jsonl(path) -> list[dict]:
+def read_jsonl(path, name: str = "completions.jsonl") -> list[dict]:
     def refuse(name):
         raise AssertionError(f"{name} is not JSON")
 
-    lines = Path(path, "completions.jsonl").read_text(encoding="utf-8").split("\n")
+    lines = Path(path, name).read_text(encoding="utf-8").split("\n")
     assert lines.pop() == ""
     return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
 def test_pitfall_19_every_completion_is_written_without_a_tracker(folders, tmp_path, monkeypatch, prompts, heldout):
-    """Text, score, each function's score, KL and step of every episode, and none of the evaluation's."""
+    """Text, score, each function's score, KL and step of every episode; those of evaluations in their own file."""
     batches = store_completions(monkeypatch)
 
     def first_only(completions, **kwargs):
@@ -261,9 +262,14 @@ def test_pitfall_19_every_completion_is_written_without_a_tracker(folders, tmp_p
         {"first_only": None, "none": None},
     ]
     assert rows[0]["kl"] == 0.0 and rows[1]["kl"] is None and abs(rows[4]["kl"]) > 1e-4
+    evaluated = read_jsonl(tmp_path, "eval_completions.jsonl")
+    assert [row["step"] for row in evaluated] == [2] * len(heldout) + [4] * len(heldout)
+    names = [row["prompt"] for row in evaluated]
+    assert names[: len(heldout)] == names[len(heldout) :] and sorted(names) == sorted([*heldout["prompt"]] * 2)
+    assert all(list(row) == list(rows[0]) for row in evaluated)
     # A new run in the same folder starts a new file
     trainer_of(folders, "sft", config(tmp_path, max_steps=2, save_completions=True), rows_).train()
-    assert len(read_jsonl(tmp_path)) == 4
+    assert len(read_jsonl(tmp_path)) == 4 and not read_jsonl(tmp_path, "eval_completions.jsonl")
 
 
 def test_pitfall_19_a_log_line_belongs_to_a_step_and_rollouts_to_their_first(folders, tmp_path, monkeypatch, prompts):

@@ -21,13 +21,14 @@ def rows() -> Dataset:
     return Dataset.from_list([{"prompt": f"prompt {i}{'.' * i}"} for i in range(10)])
 
 
-def trainer_of(folders, policy, reward, args, rows, texts=None) -> PPOTrainer:
+def trainer_of(folders, policy, reward, args, rows, texts=None, eval_rows=None) -> PPOTrainer:
     model, peft_config = folders.policy(policy)
     return PPOTrainer(
         model=model,
         reward_model=folders.reward(reward),
         args=args,
         train_dataset=rows,
+        eval_dataset=eval_rows,
         ptx_dataset=texts,
         peft_config=peft_config,
     )
@@ -91,15 +92,24 @@ def test_pitfall_11_resume_at_the_end_of_a_rollout_is_exact(
 def test_resume_continues_the_file_of_completions(folders, tmp_path, rows):
     """And what a crashed run wrote behind its last checkpoint is not there twice."""
     settings = dict(max_steps=8, save_strategy="steps", save_steps=2, save_completions=True)
-    straight = trainer_of(folders, "sft", "adapter", config(tmp_path / "straight", **settings), rows)
+    settings |= dict(eval_strategy="steps", eval_steps=2)
+    held_out = rows.select(range(4))
+    straight = trainer_of(
+        folders, "sft", "adapter", config(tmp_path / "straight", **settings), rows, None, rows.select(range(4))
+    )
     straight.train()
-    stopped = trainer_of(folders, "sft", "adapter", config(tmp_path / "stopped", **settings), rows)
+    stopped = trainer_of(
+        folders, "sft", "adapter", config(tmp_path / "stopped", **settings), rows, None, rows.select(range(4))
+    )
     stopped.add_callback(StopAt(6))
     stopped.train()
-    resumed = trainer_of(folders, "sft", "adapter", config(tmp_path / "stopped", **settings), rows)
+    resumed = trainer_of(
+        folders, "sft", "adapter", config(tmp_path / "stopped", **settings), rows, None, rows.select(range(4))
+    )
     resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-4"))
-    files = [(tmp_path / name / "completions.jsonl").read_text("utf-8") for name in ("straight", "stopped")]
-    assert files[0] == files[1]
+    for file in ("completions.jsonl", "eval_completions.jsonl"):
+        straight, stopped = ((tmp_path / name / file).read_text("utf-8") for name in ("straight", "stopped"))
+        assert straight == stopped and straight.count("\n") > 8, file
 
 
 def test_resuming_another_set_up_is_refused(folders, tmp_path, rows):

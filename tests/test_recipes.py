@@ -135,6 +135,9 @@ def test_conversational_rows_and_the_yaml_file_beside_this_one(base_dir, rows, t
     PPO.main([*fill(command, rows, "ppo_ptx.py"), *TINY_PPO, *evaluation])
     completions = [json.loads(line) for line in Path("ppo_ptx/completions.jsonl").read_text("utf-8").splitlines()]
     assert {row["prompt"][0]["role"] for row in completions} == {"user"}
+    # Once before the first step and once after the last
+    evaluated = [json.loads(line) for line in Path("ppo_ptx/eval_completions.jsonl").read_text("utf-8").splitlines()]
+    assert [row["step"] for row in evaluated] == [0, 0, 2, 2]
     _, command = printed(capsys.readouterr().out)
     exec(command[2], {})
     assert "{'role': 'assistant', 'content'" in capsys.readouterr().out
