@@ -94,18 +94,12 @@ def test_resume_continues_the_file_of_completions(folders, tmp_path, rows):
     settings = dict(max_steps=8, save_strategy="steps", save_steps=2, save_completions=True)
     settings |= dict(eval_strategy="steps", eval_steps=2)
     held_out = rows.select(range(4))
-    straight = trainer_of(
-        folders, "sft", "adapter", config(tmp_path / "straight", **settings), rows, None, rows.select(range(4))
-    )
+    straight = trainer_of(folders, "sft", "adapter", config(tmp_path / "straight", **settings), rows, None, held_out)
     straight.train()
-    stopped = trainer_of(
-        folders, "sft", "adapter", config(tmp_path / "stopped", **settings), rows, None, rows.select(range(4))
-    )
+    stopped = trainer_of(folders, "sft", "adapter", config(tmp_path / "stopped", **settings), rows, None, held_out)
     stopped.add_callback(StopAt(6))
     stopped.train()
-    resumed = trainer_of(
-        folders, "sft", "adapter", config(tmp_path / "stopped", **settings), rows, None, rows.select(range(4))
-    )
+    resumed = trainer_of(folders, "sft", "adapter", config(tmp_path / "stopped", **settings), rows, None, held_out)
     resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-4"))
     for file in ("completions.jsonl", "eval_completions.jsonl"):
         straight, stopped = ((tmp_path / name / file).read_text("utf-8") for name in ("straight", "stopped"))
