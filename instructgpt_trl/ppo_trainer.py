@@ -35,7 +35,7 @@ from .data.pretraining import PretrainingStream, as_episodes
 from .data.prompts import drop_long_prompts
 from .functional import gae, policy_loss, token_rewards, value_loss, whiten
 from .models.ema import EMA
-from .models.loading import float32_adapters, load_policy, load_tokenizer
+from .models.loading import context_length, float32_adapters, load_policy, load_tokenizer
 from .models.reward_model import reward_parts
 from .models.rewards import ModelReward, finite_reward, split_rewards
 from .models.roles import Role, build_roles, disable_dropout, load_parameters, save_parameters
@@ -133,10 +133,11 @@ class PPOTrainer(RLOOTrainer):
             parts = [reward_parts(source) for source in models]
             for index, part in enumerate(parts):
                 check_tokenizers(processing_class, part.tokenizer, ("the policy", f"reward model {index}"))
-            train_dataset = self._short_enough(train_dataset, "train_dataset", args, processing_class)
+            limit = _prompt_limit(args, context_length(model.config))
+            train_dataset = _short_enough(train_dataset, "train_dataset", args, processing_class, limit)
             if eval_dataset is not None:
                 eval_dataset = _each(
-                    eval_dataset, lambda rows, name: self._short_enough(rows, name, args, processing_class)
+                    eval_dataset, lambda rows, name: _short_enough(rows, name, args, processing_class, limit)
                 )
             _check_batches(args, train_dataset)
 
@@ -163,10 +164,6 @@ class PPOTrainer(RLOOTrainer):
             self._set_up_state(ptx_dataset)
 
     # Set-up
-
-    @staticmethod
-    def _short_enough(rows, name: str, args: PPOConfig, tokenizer: PreTrainedTokenizerBase):
-        return drop_long_prompts(rows, tokenizer, args.max_prompt_length, name, **(args.chat_template_kwargs or {}))
 
     def _set_up_roles(self, parts: list, peft_config: PeftConfig | None) -> None:
         self.roles = build_roles(self.model, parts, peft_config, self.temperature, with_reference=self.beta != 0)
@@ -201,7 +198,7 @@ class PPOTrainer(RLOOTrainer):
         self._ptx_stream = None
         if ptx_dataset is not None and args.ptx_coef:
             model = self.roles.policy.model
-            context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+            context = context_length(model.config)
             length = args.ptx_max_length or (args.max_prompt_length or 1024) + args.max_completion_length
             length = min(length, context or length)
             self._ptx_stream = PretrainingStream(ptx_dataset, self._tokenizer, length, args.seed)
@@ -633,6 +630,23 @@ def _each(dataset: Any, apply) -> Any:
     if isinstance(dataset, dict):
         return {name: apply(rows, f"eval_dataset['{name}']") for name, rows in dataset.items()}
     return apply(dataset, "eval_dataset")
+
+
+def _prompt_limit(args: PPOConfig, context: int | None) -> int | None:
+    """Most tokens of a prompt: `max_prompt_length`, and what a completion leaves of the model's context."""
+    if context is None:
+        return args.max_prompt_length
+    room = context - args.max_completion_length
+    if room < 1:
+        raise InputError(
+            f"max_completion_length={args.max_completion_length}: no room for a prompt in the model's context of "
+            f"{context} tokens; lower it"
+        )
+    return min(args.max_prompt_length or room, room)
+
+
+def _short_enough(rows: Any, name: str, args: PPOConfig, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Any:
+    return drop_long_prompts(rows, tokenizer, limit, name, **(args.chat_template_kwargs or {}))
 
 
 def _load(model: str, args: PPOConfig, quantization_config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

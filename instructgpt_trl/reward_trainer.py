@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 
 from ._trl import preserved_rng
 from .data import InputError, check_output_dir, check_rows
-from .data.formats import split_by_length
+from .data.formats import by_prompt, split_by_length
 from .data.rankings import DataCollatorForRanking, check_rankings, prepare_rankings
 from .functional import _untied_pairs, ranking_loss
 from .models.loading import float32_adapters, is_adapter, load_tokenizer
@@ -246,7 +246,8 @@ class RewardTrainer(trl.RewardTrainer):
             [row["prompt"] for row in rows], [row["completion"] for row in rows]
         )
         lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        kept, report = split_by_length(lengths, self.args.max_length, "demonstrations")
+        names = by_prompt([row["prompt"] for row in rows])
+        kept, report = split_by_length(lengths, self.args.max_length, "demonstrations", names)
         if not kept:
             raise InputError(
                 f"demonstration_dataset: none of its {len(rows)} rows is within max_length={self.args.max_length}; "

@@ -18,7 +18,6 @@ from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     BitsAndBytesConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -33,10 +32,10 @@ from trl.models import unwrap_model_for_generation
 from ._trl import get_config_model_id, preserved_rng
 from .data import InputError, check_output_dir, check_rows, encode_prompt, pack_texts
 from .data.demonstrations import IMAGES, check_demonstrations, columns_of, cut_report, mix
-from .data.formats import Text, split_by_length
+from .data.formats import Text, by_prompt, split_by_length
 from .models.completions import greedy_completions
 from .models.dropout import residual_dropout, residual_places
-from .models.loading import float32_adapters, is_adapter, load_policy
+from .models.loading import context_length, float32_adapters, is_adapter, load_policy
 from .sft_config import SFTConfig
 
 if TYPE_CHECKING:
@@ -234,9 +233,10 @@ class SFTTrainer(trl.SFTTrainer):
     def _encode_prompts(self, prompts: list[Text]) -> list[tuple[Text, list[int]]]:
         """Prompts with their token ids, without those that leave no room for a completion in the model's context."""
         encoded = [(prompt, encode_prompt(self._tokenizer, prompt)) for prompt in prompts]
-        context = _context_length(self.model.config)
+        context = context_length(self.model.config)
         limit = None if context is None else context - self.args.rm_score_max_new_tokens
-        keep, report = split_by_length([len(ids) for _, ids in encoded], limit, "validation prompts")
+        lengths = [len(ids) for _, ids in encoded]
+        keep, report = split_by_length(lengths, limit, "validation prompts", by_prompt(prompts))
         if report is not None:
             logger.warning(report)
         if prompts and not keep:
@@ -355,15 +355,10 @@ def _block_length(model: str | PreTrainedModel, args: SFTConfig) -> int:
         )
     else:
         config = model.config
-    limits = [limit for limit in (args.max_length, _context_length(config)) if limit is not None]
+    limits = [limit for limit in (args.max_length, context_length(config)) if limit is not None]
     if not limits:
         raise InputError("pretraining_dataset: max_length=None, and the model's config has no limit; set max_length")
     return min(limits)
-
-
-def _context_length(config: PreTrainedConfig) -> int | None:
-    """Longest sequence in tokens; `None` if the config has no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _kept(args: SFTConfig, packing: bool) -> slice | None:

@@ -1,6 +1,7 @@
 """What the three recipes share: arguments, rows, the end of a run. A mistake of the user's is one line everywhere."""
 
 import difflib
+import math
 import os
 import shlex
 import sys
@@ -10,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
+from peft import NoMatchingPeftModuleError
 from transformers import AutoConfig, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, TrlParser
 from yaml import YAMLError
@@ -69,6 +72,7 @@ def parse(argv: list[str], arguments: type[DataArguments], config: type[Training
             ) from None
     if (model.load_in_4bit or model.load_in_8bit) and not is_bitsandbytes_available():
         raise InputError("load_in_4bit, load_in_8bit: bitsandbytes is not installed; pip install bitsandbytes")
+    config.resume_from_checkpoint = _checkpoint(config)
     init = {"revision": model.model_revision, "dtype": model.dtype, "attn_implementation": model.attn_implementation}
     config.model_init_kwargs = {**init, **(config.model_init_kwargs or {})}
     return args, config, model
@@ -98,6 +102,21 @@ def parse_arguments(
     return args, config, model
 
 
+def _checkpoint(config: TrainingArguments) -> str | None:
+    """The checkpoint to go on from: a folder, or with `true` the last one in the output folder."""
+    given = str(config.resume_from_checkpoint or False)
+    if given.lower() == "false":
+        return None
+    last = given.lower() == "true"
+    folder = get_last_checkpoint(config.output_dir) if last and Path(config.output_dir).is_dir() else given
+    if folder is None or not Path(folder).is_dir():
+        raise InputError(
+            f"--resume_from_checkpoint {given}: no checkpoint there; give a checkpoint's folder, or true where "
+            f"{config.output_dir} holds one"
+        )
+    return folder
+
+
 def read(args: DataArguments, source: str | None, kind: str) -> Dataset | None:
     """The rows of `source`, as conversations if asked for; none without a source."""
     if source is None:
@@ -110,10 +129,10 @@ def read_and_split(args: DataArguments, config: TrainingArguments, kind: str) ->
     """The rows to train on, and those to evaluate on, if any."""
     rows, held_out = read(args, args.dataset, kind), read(args, args.eval_dataset, kind)
     if held_out is None and args.eval_fraction:
-        if not 0 < args.eval_fraction < 1 or len(rows) < 2:
+        if not 0 < math.ceil(args.eval_fraction * len(rows)) < len(rows):
             raise InputError(
-                f"eval_fraction={args.eval_fraction} of {len(rows)} rows: expected a number between 0 and 1, and at "
-                f"least 2 rows; correct it or give eval_dataset"
+                f"eval_fraction={args.eval_fraction} of {len(rows)} rows: expected a number between 0 and 1 that "
+                f"leaves rows on both sides; correct it or give eval_dataset"
             )
         rows, held_out = rows.train_test_split(args.eval_fraction, seed=config.seed).values()
     if held_out is None and config.eval_strategy != "no":
@@ -153,6 +172,6 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Run a recipe: a mistake of the user's is one line and exit code 2; a mistake of ours keeps its traceback."""
     try:
         main(sys.argv[1:])
-    except InputError as error:
+    except (InputError, ImportError, NoMatchingPeftModuleError) as error:  # the last two: flags for what is not there
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

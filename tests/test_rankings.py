@@ -122,9 +122,9 @@ def test_pitfall_13_the_over_long_completion_is_taken_out_not_its_ranking(tokeni
     assert list(prepared["shortened"]) == [1, 0, 2]
     assert prepared[0]["completions_ids"] == [[*ids("aa"), EOS], [*ids("bb"), EOS]]
     assert messages() == [
-        "train_dataset: 3 completions over 5 tokens taken out of 2 of 6 rankings: rows 0, 5",
-        "train_dataset: 1 of 6 rankings dropped, fewer than 2 completions within the length limit: rows 2",
-        "train_dataset: 2 of 6 rankings dropped, no untied pair: rows 3, 4",
+        "train_dataset: 3 completions over 5 tokens taken out of 2 of 6 rankings: rows 0 (p:), 5 (p:)",
+        "train_dataset: 1 of 6 rankings dropped, fewer than 2 completions within the length limit: rows 2 (p:)",
+        "train_dataset: 2 of 6 rankings dropped, no untied pair: rows 3 (p:), 4 (p:)",
     ]
 
 

@@ -400,7 +400,7 @@ def test_pitfall_13_over_long_demonstrations_are_left_out_and_named(
             train_dataset=rankings,
             demonstration_dataset=Dataset.from_list(rows),
         )
-    assert "demonstration_dataset: 1 of 5 demonstrations over 24 tokens dropped: rows 4" in caplog.text
+    assert "demonstration_dataset: 1 of 5 demonstrations over 24 tokens dropped: rows 4 (say it:)" in caplog.text
     trainer.train()
     scores = trainer.reward_model.score(demonstrations["prompt"], demonstrations["completion"])
     assert abs(sum(scores) / 4) <= 1e-5

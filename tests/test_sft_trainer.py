@@ -620,7 +620,9 @@ def test_prompts_without_room_for_a_completion_are_named(tmp_path, demonstration
     rows = Dataset.from_list([{"prompt": "short"}, {"prompt": "x" * 253}, {"prompt": "y" * 252}])
     with caplog.at_level(logging.WARNING, logger="instructgpt_trl"):
         trainer = scored(tmp_path, demonstrations, ScriptedReward(1.0), {"prompt_dataset": rows})
-    assert "1 of 3 validation prompts over 252 tokens dropped: rows 1" in caplog.text  # context 256, 4 new tokens
+    assert (
+        "1 of 3 validation prompts over 252 tokens dropped: rows 1 (" + "x" * 30 + "..)" in caplog.text
+    )
     assert len(trainer._score_prompts) == 2
     with pytest.raises(InputError, match="1 of 1 validation prompts over 252 tokens dropped.*none is left"):
         scored(tmp_path, demonstrations, ScriptedReward(1.0), {"prompt_dataset": rows.select([1])})

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +315,18 @@ def split_by_length(
     if not dropped:
         return keep, None
     return keep, f"{len(dropped)} of {len(lengths)} {what} over {limit} tokens dropped: rows {listed(dropped, names)}"
+
+
+def by_prompt(prompts: Sequence[Text]) -> Callable[[int], str]:
+    """Names rows by number and start of the prompt, since after a split or a shuffle a number does not find a row."""
+
+    def name(index: int) -> str:
+        prompt = prompts[index]
+        text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
+        start = " ".join(text.split())
+        return f"{index} ({start if len(start) <= 32 else start[:30].rstrip() + '..'})"
+
+    return name
 
 
 def listed(indices: list[int], names: Callable[[int], str] = str, most: int = 20) -> str:

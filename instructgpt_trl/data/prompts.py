@@ -4,7 +4,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .formats import InputError, encode_prompt, split_by_length
+from .formats import InputError, by_prompt, encode_prompt, split_by_length
 
 logger = logging.get_logger(__name__)
 
@@ -29,10 +29,13 @@ def drop_long_prompts(
     lengths = [len(encode_prompt(tokenizer, prompt, **template_kwargs)) for prompt in dataset["prompt"]]
     if 0 in lengths:
         raise InputError(f"{name}, row {lengths.index(0)}: the prompt has no tokens; fill it in or drop the row")
-    keep, report = split_by_length(lengths, limit, f"prompts of {name}")
+    keep, report = split_by_length(lengths, limit, f"prompts of {name}", by_prompt(dataset["prompt"]))
     if report is None:
         return dataset
     if not keep:
-        raise InputError(f"{name}: {report}; raise max_prompt_length")
+        raise InputError(
+            f"{name}: {report}; raise max_prompt_length, or lower max_completion_length, with which it shares the "
+            f"model's context"
+        )
     logger.warning(report)
     return dataset.select(keep)

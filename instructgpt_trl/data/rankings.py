@@ -15,7 +15,7 @@ from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from .formats import InputError, check_rows, encode_completion, encode_prompt, listed
+from .formats import InputError, by_prompt, check_rows, encode_completion, encode_prompt, listed
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +147,7 @@ def prepare_rankings(
         num_proc=num_proc,
         desc=f"Tokenizing {source} rankings",
     )
+    names = by_prompt(dataset["prompt"]) if "prompt" in dataset.column_names else str
     removed, fates = rows["removed"], [_fate(ranks) for ranks in rows["ranks"]]
     kept = [index for index, fate in enumerate(fates) if fate is None]
     shortened = [index for index in kept if removed[index]]
@@ -154,12 +155,12 @@ def prepare_rankings(
         count = sum(removed[index] for index in shortened)
         _warn(
             f"{source}: {count} completions over {max_length} tokens taken out of {len(shortened)} of {len(rows)} "
-            f"rankings: rows {listed(shortened)}"
+            f"rankings: rows {listed(shortened, names)}"
         )
     for fate in ("fewer than 2 completions within the length limit", "no untied pair"):
         dropped = [index for index in range(len(rows)) if fates[index] == fate]
         if dropped:
-            _warn(f"{source}: {len(dropped)} of {len(rows)} rankings dropped, {fate}: rows {listed(dropped)}")
+            _warn(f"{source}: {len(dropped)} of {len(rows)} rankings dropped, {fate}: rows {listed(dropped, names)}")
     if not kept:
         raise InputError(
             f"{source}: none of its {len(rows)} rankings is left, each is over max_length={max_length} or has only "

@@ -7,7 +7,13 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .._trl import create_model_from_path
 from ..data import InputError
@@ -26,6 +32,11 @@ def same_base(first: str | None, second: str | None) -> bool:
     if all(path.exists() for path in paths):
         return paths[0].resolve() == paths[1].resolve()
     return first == second
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Longest sequence in tokens; `None` if the config has no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_tokenizer(path: str, base: str | None = None, **kwargs) -> PreTrainedTokenizerBase:

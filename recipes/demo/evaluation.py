@@ -79,12 +79,14 @@ def mean_kl(model: PreTrainedModel, reference: PreTrainedModel, samples: Samples
 @torch.no_grad()
 def pretraining_loss(model: PreTrainedModel, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
     """Mean negative log-likelihood a token of held-out web text, nats; `batches` as made by `base.batches`."""
+    training = model.training
     model.eval()
     total, tokens = 0.0, 0
     for ids, labels in batches:
         count = int((labels[:, 1:] != -100).sum())
         total += model(input_ids=ids, labels=labels).loss.item() * count
         tokens += count
+    model.train(training)  # in the middle of a training a trainer tells by it which metrics to log
     return total / tokens
 
 

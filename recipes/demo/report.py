@@ -99,13 +99,17 @@ def _smooth(values: list[float], width: int) -> list[float]:
     ]
 
 
+def _points(curves, metric: str, name: str) -> list[tuple[int, float]]:
+    """(step, value) of a metric in the log of a stage."""
+    return [(row["step"], row[metric]) for row in curves.get(name, []) if row.get(metric) is not None]
+
+
 def _curve(curves, metric: str, title: str, names: tuple[str, ...], level: tuple[float, str] | None = None):
     """A drawing of one logged metric against the optimizer steps, one line a stage, smoothed over a pale original."""
 
     def draw(axes) -> None:
-        drawn = False
         for name in names:
-            points = [(row["step"], row[metric]) for row in curves.get(name, []) if row.get(metric) is not None]
+            points = _points(curves, metric, name)
             if not points:
                 continue
             steps, values = zip(*points, strict=True)
@@ -114,15 +118,11 @@ def _curve(curves, metric: str, title: str, names: tuple[str, ...], level: tuple
                 axes.plot(steps, values, color=COLOURS[name], alpha=0.22, linewidth=1)
             label = POLICIES.get(name, "reward model")
             axes.plot(steps, _smooth(list(values), width), color=COLOURS[name], label=label)
-            drawn = True
         if level is not None:
             axes.axhline(level[0], color=COLOURS["sft"], linewidth=1, linestyle=(0, (4, 3)), label=level[1])
         axes.set_title(title)
         axes.set_xlabel("optimizer step")
-        if drawn:
-            axes.legend(fontsize=8)
-        else:
-            axes.text(0.5, 0.5, "not logged in this run", ha="center", va="center", transform=axes.transAxes)
+        axes.legend(fontsize=8)
 
     return draw
 
@@ -180,13 +180,13 @@ def _page(results: dict[str, Any], curves: dict[str, list[dict[str, float]]], sa
     policies, reward = results["policies"], results["reward_model"]
     start = (policies["sft"]["pretraining_loss"], "SFT")
     both = ("ppo", "ppo_ptx")
-    figures = [
-        _curve(curves, "objective/scores", "reward-model score of the samples", both),
-        _curve(curves, "objective/kl", "KL to SFT (nats a completion)", both),
-        _curve(curves, "pretraining_loss", "pretraining loss on held-out text (nats a token)", both, start),
-        _curve(curves, "value/explained_variance", "value model: explained variance", both),
-        _curve(curves, "accuracy", "reward model: accuracy on its rankings", ("reward_model",)),
-        _curve(curves, "completions/mean_length", "mean length of the samples (tokens)", both),
+    curve_plots = [
+        ("objective/scores", "reward-model score of the samples", both),
+        ("objective/kl", "KL to SFT (nats a completion)", both),
+        ("pretraining_loss", "pretraining loss on held-out text (nats a token)", both, start),
+        ("value/explained_variance", "value model: explained variance", both),
+        ("accuracy", "reward model: accuracy on its rankings", ("reward_model",)),
+        ("completions/mean_length", "mean length of the samples (tokens)", both),
     ]
     tiles = [
         (_percent(policies["ppo_ptx"]["win_rate_vs_sft"][0]), "PPO-ptx beats SFT"),
@@ -203,7 +203,11 @@ def _page(results: dict[str, Any], curves: dict[str, list[dict[str, float]]], sa
         ),
         table=_table(policies),
         bars=_figure(_win_rates(policies), 5.6, 2.5) + _figure(_tax(policies), 5.6, 2.5),
-        figures="".join(_figure(draw) for draw in figures),
+        figures="".join(
+            _figure(_curve(curves, metric, title, names, *level))
+            for metric, title, names, *level in curve_plots
+            if any(_points(curves, metric, name) for name in names)
+        ),
         facts=_facts(results),
         samples=_samples(samples),
         stages=_stages(results["seconds"]),

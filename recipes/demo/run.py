@@ -9,6 +9,7 @@ web, demonstrations (SFT), K-way rankings by simulated labelers (reward model), 
 import argparse
 import os
 import random
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from world import World, make_world
 
 from instructgpt_trl import PPOConfig, PPOTrainer, RewardConfig, RewardModel, RewardTrainer, SFTConfig, SFTTrainer
+from instructgpt_trl.data import InputError, check_output_dir
 
 BATCH_TOKENS = 1024  # of a pretraining step
 PTX_LENGTH = 64  # tokens of a pretraining example
@@ -46,7 +48,7 @@ class PretrainingLoss(TrainerCallback):
         self.points: list[dict[str, float]] = []
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % max(1, state.max_steps // 12) == 0:
+        if state.global_step % max(1, state.max_steps // 12) == 0 or state.global_step == state.max_steps:
             loss = pretraining_loss(model, self.batches)
             self.points.append({"step": state.global_step, "pretraining_loss": loss})
 
@@ -59,7 +61,7 @@ class Settings:
     web_texts: int = 16_000
     demonstrations: int = 500
     ranked_prompts: int = 1_800
-    test_prompts: int = 400
+    test_prompts: int = 400  # of 350 to 398 that there are
     ppo_steps: int = 140
 
 
@@ -306,6 +308,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smaller version in under 90 seconds, for tests")
     options = parser.parse_args()
     quieten()
+    try:
+        check_output_dir(options.output_dir)
+    except InputError as error:
+        sys.exit(f"error: {error}")
     options.output_dir.mkdir(parents=True, exist_ok=True)
     print(f"The paper in miniature, seed {options.seed}: a world, its web, five models, two CPU cores, a few minutes.")
     results = run(options.seed, options.output_dir, QUICK if options.quick else Settings())
