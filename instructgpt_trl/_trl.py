@@ -37,11 +37,12 @@ __all__ = [
 # (class, method): overridden in our subclass, or called although it is private
 OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "SFTConfig": ("__post_init__",),
-    "SFTTrainer": ("__init__", "train", "evaluate", "evaluation_loop", "_prepare_dataset"),
+    "SFTTrainer": ("__init__", "train", "training_step", "evaluate", "evaluation_loop", "_prepare_dataset"),
     "RewardConfig": ("__post_init__",),
     "RewardTrainer": (
         "__init__",
         "train",
+        "training_step",
         "_prepare_dataset",
         "_set_signature_columns_if_needed",
         "compute_loss",
@@ -93,6 +94,7 @@ def preserved_rng() -> Iterator[None]:
     """Leave the random number generators of Python, NumPy and torch as they were: seeds set inside stay inside."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:
         yield
     finally:
@@ -101,3 +103,5 @@ def preserved_rng() -> Iterator[None]:
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
@@ -35,10 +35,18 @@ from .data.pretraining import PretrainingStream, as_episodes
 from .data.prompts import drop_long_prompts
 from .functional import gae, policy_loss, token_rewards, value_loss, whiten
 from .models.ema import EMA
+from .models.guards import stop_unless_finite
 from .models.loading import context_length, float32_adapters, load_policy, load_tokenizer
 from .models.reward_model import reward_parts
 from .models.rewards import ModelReward, finite_reward, split_rewards
-from .models.roles import Role, build_roles, disable_dropout, load_parameters, save_parameters
+from .models.roles import (
+    Role,
+    build_roles,
+    disable_dropout,
+    load_adapter_weights,
+    load_parameters,
+    save_parameters,
+)
 from .ppo_config import PPOConfig
 
 logger = logging.get_logger(__name__)
@@ -132,7 +140,10 @@ class PPOTrainer(RLOOTrainer):
                 logger.warning("The policy continues its own adapter; peft_config shapes the value adapter only")
             parts = [reward_parts(source) for source in models]
             for index, part in enumerate(parts):
-                check_tokenizers(processing_class, part.tokenizer, ("the policy", f"reward model {index}"))
+                check_tokenizers(
+                    processing_class, part.tokenizer, ("the policy", part.path or f"reward model {index}")
+                )
+            _check_generation(args, isinstance(model, PeftModel) or peft_config is not None)
             limit = _prompt_limit(args, context_length(model.config))
             train_dataset = _short_enough(train_dataset, "train_dataset", args, processing_class, limit)
             if eval_dataset is not None:
@@ -155,7 +166,9 @@ class PPOTrainer(RLOOTrainer):
                     callbacks=callbacks,
                     optimizers=optimizers,
                     quantization_config=quantization_config,
-                    peft_config=None if isinstance(model, PeftModel) else peft_config,
+                    peft_config=None
+                    if isinstance(model, PeftModel)
+                    else copy.deepcopy(peft_config),  # PEFT fills it in
                 )
             self.beta = beta
             names = self.reward_func_names
@@ -354,7 +367,8 @@ class PPOTrainer(RLOOTrainer):
                 loss = loss + self._ptx_backward(len(minibatch) * self.args.ptx_ratio)
             else:
                 self._sums["grad_norm/policy"] = self._norm(self._policy_parameters)
-            self.stop_unless_finite(loss, "the loss")
+            self._sums["grad_norm/value"] = self._norm(self._value_parameters)
+            self._stop_unless_sound(loss)
             for name, value in self._sums.items():
                 self._metrics["train"][name].append(value)
             self._sums.clear()
@@ -418,10 +432,6 @@ class PPOTrainer(RLOOTrainer):
         self.accelerator.unscale_gradients()
         for parameters in (self._value_parameters, self._policy_parameters):
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), self.args.max_grad_norm)
-            if parameters is self._value_parameters:
-                self._metrics["train"]["grad_norm/value"].append(norm.item())
-        if self.accelerator.scaler is None:
-            self.stop_unless_finite(norm, "the policy's gradient")
         return norm
 
     # Evaluation
@@ -431,7 +441,13 @@ class PPOTrainer(RLOOTrainer):
         with preserved_rng():
             set_seed(self.args.seed)
             self._evaluated = metric_key_prefix.removeprefix("eval").removeprefix("_")
+            if eval_dataset is not None and not isinstance(eval_dataset, str):
+                eval_dataset = _each(eval_dataset, self._fitting_prompts)
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _fitting_prompts(self, rows: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+        limit = _prompt_limit(self.args, context_length(self.model.config))
+        return _short_enough(check_rows(rows, "prompt", name), name, self.args, self.processing_class, limit)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the parent's, but several evaluation sets have names of their own: `eval_<set>_objective/scores`."""
@@ -536,12 +552,16 @@ class PPOTrainer(RLOOTrainer):
         scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
         return torch.nn.utils.get_total_norm([g for g in grads if g is not None]).item() / scale
 
+    def _stop_unless_sound(self, loss: torch.Tensor) -> None:
+        """Loss and gradients of a minibatch; a gradient scaler skips steps of infinite gradients by itself."""
+        self.stop_unless_finite(loss, "the loss")
+        if self.accelerator.scaler is None:
+            for who, parameters in (("policy", self._policy_parameters), ("value model", self._value_parameters)):
+                self.stop_unless_finite(torch.tensor(self._norm(parameters)), f"the {who}'s gradient")
+
     def stop_unless_finite(self, tensor: torch.Tensor, what: str) -> None:
-        if not torch.isfinite(tensor).all():
-            raise RuntimeError(
-                f"step {self.state.global_step}: {what} is NaN or infinite; the run stops before it spoils the "
-                f"weights. Look at completions.jsonl, lower learning_rate, or use float32"
-            )
+        """As the function of this name, with the step, and what to look at."""
+        stop_unless_finite(tensor, what, self.state.global_step, "look at completions.jsonl")
 
     # Saving
 
@@ -575,7 +595,7 @@ class PPOTrainer(RLOOTrainer):
 
     def _load_policy(self, folder: Path) -> None:
         if isinstance(self.model, PeftModel):
-            set_peft_model_state_dict(self.model, load_file(folder / "adapter_model.safetensors"), "default")
+            load_adapter_weights(self.model, "default", load_file(folder / "adapter_model.safetensors"))
         else:
             super()._load_from_checkpoint(str(folder), self.model)
 
@@ -591,7 +611,8 @@ class _StepCallback(TrainerCallback):
         if args.save_completions:
             step = state.global_step
             self.trainer._files["train"].start(step)
-            self.trainer._files["eval"].start(step and step + 1)  # of this step's own, a checkpoint comes after it
+            if step or not self.trainer._files["eval"].appended:  # evaluate() may come before train()
+                self.trainer._files["eval"].start(step and step + 1)  # a step's evaluation comes before its checkpoint
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.ema is not None:
@@ -670,6 +691,11 @@ def _check_arguments(model, args, functions, models, train_dataset, processing_c
             )
     if train_dataset is None:
         raise InputError("train_dataset is missing; expected rows with the column 'prompt'")
+    images = (
+        {"image", "images"} & set(train_dataset.column_names or []) if hasattr(train_dataset, "column_names") else ()
+    )
+    if images:
+        raise InputError(f"train_dataset: column '{min(images)}': PPOTrainer trains on text; remove it")
     if isinstance(processing_class, ProcessorMixin):
         raise InputError("processing_class: PPOTrainer trains on text; pass a tokenizer, not a processor of images")
     if optimizers[0] is not None:
@@ -687,6 +713,19 @@ def _check_process(args: PPOConfig, models: int, functions: int) -> None:
         raise InputError(
             f"reward_weights: expected {models + functions} numbers ({models} reward models, then {functions} "
             f"functions), got {len(weights)}"
+        )
+
+
+def _check_generation(args: PPOConfig, has_adapters: bool) -> None:
+    if args.use_vllm and has_adapters:
+        raise InputError(
+            "use_vllm: TRL merges the adapter into the base for it and back, which is not exact, and reference, "
+            "reward model and value model stand on that base; leave it out, or train all weights"
+        )
+    if args.use_transformers_continuous_batching and (args.bf16 or args.fp16):
+        raise InputError(
+            "use_transformers_continuous_batching: TRL casts the whole policy for it, and adapters stay float32 here; "
+            "leave it out, or set bf16 and fp16 to false"
         )
 
 

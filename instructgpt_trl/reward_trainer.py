@@ -18,6 +18,7 @@ from .data import InputError, check_output_dir, check_rows
 from .data.formats import by_prompt, split_by_length
 from .data.rankings import DataCollatorForRanking, check_rankings, prepare_rankings
 from .functional import _untied_pairs, ranking_loss
+from .models.guards import stop_unless_finite
 from .models.loading import float32_adapters, is_adapter, load_tokenizer
 from .models.reward_model import (
     RewardModel,
@@ -49,8 +50,8 @@ class RewardTrainer(trl.RewardTrainer):
     equal TRL's after any number of steps, if `chosen` and `rejected` encode alike joined and apart.
 
     Overrides of TRL's `RewardTrainer`: `_prepare_dataset` (rankings), `_set_signature_columns_if_needed`,
-    `compute_loss`, `log` (metrics over all pairs since the last log, not means of batch means), `train` (seeds; sets
-    the bias at the end), `_save` (`reward_model.json` beside the weights).
+    `compute_loss`, `training_step` (stops at NaN), `log` (metrics over all pairs since the last log, not means of
+    batch means), `train` (seeds; sets the bias at the end), `_save` (`reward_model.json` beside the weights).
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`):
@@ -188,6 +189,11 @@ class RewardTrainer(trl.RewardTrainer):
             self._signature_columns = ["prompt_ids", "completions_ids", "ranks", "shortened"]
 
     # Loss and metrics
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        stop_unless_finite(loss, "the loss", self.state.global_step, "look at the rows of this step")
+        return loss
 
     def compute_loss(
         self,

@@ -30,11 +30,12 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutp
 from trl.models import unwrap_model_for_generation
 
 from ._trl import get_config_model_id, preserved_rng
-from .data import InputError, check_output_dir, check_rows, encode_prompt, pack_texts
+from .data import InputError, check_output_dir, check_rows, check_tokenizers, encode_prompt, pack_texts
 from .data.demonstrations import IMAGES, check_demonstrations, columns_of, cut_report, mix
 from .data.formats import Text, by_prompt, split_by_length
 from .models.completions import greedy_completions
 from .models.dropout import residual_dropout, residual_places
+from .models.guards import stop_unless_finite
 from .models.loading import context_length, float32_adapters, is_adapter, load_policy
 from .sft_config import SFTConfig
 
@@ -74,7 +75,7 @@ class SFTTrainer(trl.SFTTrainer):
 
     Neutral setting: `residual_dropout=0`, no `pretraining_dataset`, no `reward_model` equals the parent.
 
-    Overrides: `__init__`, `train`, `evaluate`, `evaluation_loop`, `_prepare_dataset`.
+    Overrides: `__init__`, `train`, `training_step` (stops at NaN), `evaluate`, `evaluation_loop`, `_prepare_dataset`.
 
     Differs from TRL: rows over `max_length` are counted and named; the constructor leaves the caller's random number
     generators alone and `train` seeds; adapters on a quantised base stay float32.
@@ -152,6 +153,9 @@ class SFTTrainer(trl.SFTTrainer):
                 pass
         if args.residual_dropout:
             residual_places(self.model)  # refuse an unknown architecture now, not in `train`
+        if hasattr(self.reward_model, "score_ids"):  # takes this tokenizer's ids
+            name = reward_model if isinstance(reward_model, str) else "the reward model"
+            check_tokenizers(self._tokenizer, self.reward_model.tokenizer, ("the model", name))
         self._score_name = None
         self._score_prompts = self._encode_prompts(prompts)
 
@@ -165,6 +169,11 @@ class SFTTrainer(trl.SFTTrainer):
         set_seed(self.args.seed)
         with residual_dropout(self.model, self.args.residual_dropout):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        stop_unless_finite(loss, "the loss", self.state.global_step, "look at the rows of this step")
+        return loss
 
     def evaluate(
         self,
@@ -257,14 +266,21 @@ class SFTTrainer(trl.SFTTrainer):
         )
         with preserved_rng(), unwrapped as model:
             for batch in tqdm(batches, desc="Reward-model score", disable=is_hidden, leave=False):
-                prompts = [prompt for prompt, _ in batch]
-                texts = greedy_completions(model, self._tokenizer, [ids for _, ids in batch], longest)
-                scores += self.reward_model.score(prompts, [_like(*pair) for pair in zip(prompts, texts, strict=True)])
+                completions = greedy_completions(model, self._tokenizer, [ids for _, ids in batch], longest)
+                scores += self._scores(batch, completions)
         scores = gather_object(scores)
         mean = sum(scores) / len(scores)
         if not math.isfinite(mean):
             raise ValueError(f"step {self.state.global_step}: the mean reward-model score is {mean}; stopped")
         return mean
+
+    def _scores(self, prompts: list[tuple[Text, list[int]]], completions: list[list[int]]) -> list[float]:
+        """Of token ids as they are, as in PPO; an object that knows texts only gets texts."""
+        if hasattr(self.reward_model, "score_ids"):
+            return self.reward_model.score_ids([ids for _, ids in prompts], completions).tolist()
+        texts = self._tokenizer.batch_decode(completions, skip_special_tokens=True)
+        asked = [prompt for prompt, _ in prompts]
+        return self.reward_model.score(asked, [_like(*pair) for pair in zip(asked, texts, strict=True)])
 
 
 def _as_sft_config(args: TrainingArguments | None, model: str | PreTrainedModel) -> SFTConfig:

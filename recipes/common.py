@@ -70,6 +70,12 @@ def parse(argv: list[str], arguments: type[DataArguments], config: type[Training
             raise InputError(
                 f"--model_name_or_path {name}: no such folder, nor a model on the hub that can be read; check it"
             ) from None
+    elif not any((Path(name) / file).is_file() for file in ("config.json", "adapter_config.json")):
+        raise InputError(
+            f"--model_name_or_path {name}: neither config.json nor adapter_config.json is in it; check it"
+        )
+    elif not (Path(name) / "adapter_config.json").is_file() and not any(Path(name).glob("*token*")):
+        raise InputError(f"--model_name_or_path {name}: no tokenizer is in it; save the tokenizer beside the model")
     if (model.load_in_4bit or model.load_in_8bit) and not is_bitsandbytes_available():
         raise InputError("load_in_4bit, load_in_8bit: bitsandbytes is not installed; pip install bitsandbytes")
     config.resume_from_checkpoint = _checkpoint(config)

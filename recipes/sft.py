@@ -3,9 +3,9 @@ Stage 1: fine-tune a language model on demonstrations [InstructGPT 3.5, C.1], or
 
     python recipes/sft.py --model_name_or_path DIR --dataset rows.jsonl --output_dir SFT
 
-DIR is a model or an adapter, a folder or a hub id. A row has `prompt` and `completion`. Every argument below, of
-`SFTConfig` and of `trl.ModelConfig` is a flag, and a key of the YAML file that `--config` names, over which flags go;
-`--help` lists them. `--use_peft` trains a LoRA adapter.
+DIR is a model, a folder or a hub id, or an adapter folder. A row has `prompt` and `completion`. Every argument below,
+of `SFTConfig` and of `trl.ModelConfig` is a flag, and a key of the YAML file that `--config` names, over which flags
+go; `--help` lists them. `--use_peft` trains a LoRA adapter.
 """
 
 from dataclasses import dataclass, field

@@ -126,7 +126,7 @@ def save_sft_adapter(base: str, path: str, seed: int = 1, **settings) -> str:
 
 
 def save_reward_model(base: str, path: str, adapter: bool, bias: float = 0.7, seed: int = 2, tokenizer=None) -> str:
-    """A reward model as plain transformers and PEFT save it, and `reward_model.json` as design.md describes it."""
+    """A reward model as plain transformers and PEFT save it, and a `reward_model.json` beside it."""
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype="float32")
     head = model.score.weight.data
     head.normal_(0, 0.5, generator=torch.Generator().manual_seed(seed))

@@ -35,7 +35,7 @@ DEFAULTS = {
     "ptx_ratio": 8,  # [P C.4]
     "ptx_max_length": None,
     "ema_decay": 0.992,  # [P C.4]
-    "missing_eos_score": None,  # issue 2: off
+    "missing_eos_score": None,  # off
     "kl_target": None,  # [P C.4] fixed beta
     "kl_horizon": 10_000,  # [L]
     "disable_dropout": True,  # pitfall 3

@@ -267,9 +267,14 @@ def test_pitfall_19_every_completion_is_written_without_a_tracker(folders, tmp_p
     names = [row["prompt"] for row in evaluated]
     assert names[: len(heldout)] == names[len(heldout) :] and sorted(names) == sorted([*heldout["prompt"]] * 2)
     assert all(list(row) == list(rows[0]) for row in evaluated)
-    # A new run in the same folder starts a new file
+    # A new run in the same folder starts new files, but what it evaluates before training stays
+    again = trainer_of(folders, "sft", config(tmp_path, max_steps=2, save_completions=True), rows_, heldout)
+    again.evaluate()
+    again.train()
+    assert [row["step"] for row in read_jsonl(tmp_path, "eval_completions.jsonl")] == [0] * len(heldout)
     trainer_of(folders, "sft", config(tmp_path, max_steps=2, save_completions=True), rows_).train()
-    assert len(read_jsonl(tmp_path)) == 4 and not read_jsonl(tmp_path, "eval_completions.jsonl")
+    assert len(read_jsonl(tmp_path)) == 4
+    assert not read_jsonl(tmp_path, "eval_completions.jsonl")
 
 
 def test_pitfall_19_a_log_line_belongs_to_a_step_and_rollouts_to_their_first(folders, tmp_path, monkeypatch, prompts):

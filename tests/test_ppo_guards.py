@@ -149,17 +149,20 @@ def test_pitfall_18_a_reward_model_that_says_nan_stops_the_run(folders, tmp_path
         trainer.train()
 
 
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+@pytest.mark.parametrize("role", ["policy", "value"])
 def test_pitfall_18_a_gradient_that_is_no_number_stops_the_run_before_the_step(
-    folders, tmp_path, monkeypatch, prompts
+    folders, tmp_path, monkeypatch, prompts, role, max_grad_norm
 ):
     store_completions(monkeypatch)
-    trainer = with_function(folders.base, tmp_path, prompts)
-    weight = trainer.model.model.layers[0].mlp.down_proj.weight
-    weight.register_hook(lambda grad: grad * float("nan"))
-    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    with pytest.raises(RuntimeError, match="step 0.*NaN"):
+    trainer = with_function(folders.base, tmp_path, prompts, max_grad_norm=max_grad_norm)
+    weights = {f"{r} {k}": p for r in ("policy", "value") for k, p in getattr(trainer.roles, r).parameters().items()}
+    hit = next(p for name, p in weights.items() if name.startswith(role) and "layers.0.mlp.down_proj" in name)
+    hit.register_hook(lambda grad: grad * float("nan"))
+    before = {name: p.detach().clone() for name, p in weights.items()}
+    with pytest.raises(RuntimeError, match=f"step 0: the {role}.*gradient is NaN"):
         trainer.train()
-    assert_equal({name: p.detach() for name, p in trainer.model.named_parameters()}, before)
+    assert_equal({name: p.detach() for name, p in weights.items()}, before)
 
 
 def test_pitfall_18_all_eos_and_empty_completions_stop_the_run(folders, tmp_path, monkeypatch, prompts):
@@ -261,3 +264,34 @@ def test_prompt_and_completion_share_the_models_context(folders, tmp_path, promp
     assert "prompts of train_dataset over 16 tokens dropped" in caplog.text
     with pytest.raises(InputError, match="max_completion_length=256: no room for a prompt"):
         with_function(folders.base, tmp_path, prompts, max_completion_length=256)
+
+
+def test_generation_that_would_change_the_shared_base_is_refused(folders, tmp_path, prompts):
+    with pytest.raises(InputError, match="use_vllm: TRL merges the adapter"):
+        with_function(folders.base, tmp_path, prompts, peft_config=lora(), use_vllm=True)
+    with pytest.raises(InputError, match="use_transformers_continuous_batching: TRL casts"):
+        with_function(folders.base, tmp_path, prompts, bf16=True, use_transformers_continuous_batching=True)
+
+
+def test_images_are_refused(folders, tmp_path, prompts):
+    with pytest.raises(InputError, match="column 'image': PPOTrainer trains on text"):
+        with_function(folders.base, tmp_path, prompts.add_column("image", ["x.png"] * len(prompts)))
+
+
+def test_pitfall_13_long_prompts_of_a_stream_are_named(folders, tmp_path, prompts, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING)
+    logging.getLogger("transformers").propagate = True
+    store_completions(monkeypatch)
+    stream = prompts.to_iterable_dataset()
+    with_function(folders.base, tmp_path, stream, max_prompt_length=12, max_steps=2).train()
+    assert "train_dataset, row 5: prompt of 13 tokens dropped, over 12" in caplog.text
+    assert "row 4: prompt" not in caplog.text
+
+
+def test_pitfall_13_rows_given_to_evaluate_are_checked_and_fitted(folders, tmp_path, prompts, monkeypatch):
+    batches = store_completions(monkeypatch)
+    trainer = with_function(folders.base, tmp_path, prompts, max_prompt_length=17)
+    trainer.evaluate(prompts)
+    assert sorted(len(ids) for batch in batches for ids, _ in batch) == [8 + i for i in range(10)]
+    with pytest.raises(InputError, match="eval_dataset.*row 1"):
+        trainer.evaluate(Dataset.from_list([{"prompt": "good"}, {"prompt": ""}]))

@@ -120,6 +120,20 @@ def test_resuming_another_set_up_is_refused(folders, tmp_path, rows):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+def test_resuming_an_adapter_of_another_shape_is_refused(folders, tmp_path, rows):
+    """With the same reward model, so that the value model's file fits."""
+
+    def trainer(target: str, steps: int) -> PPOTrainer:
+        args = config(tmp_path, max_steps=steps, save_strategy="steps", save_steps=2)
+        reward = folders.reward("adapter")
+        shape = lora(target_modules=[target])
+        return PPOTrainer(folders.base, reward_model=reward, args=args, train_dataset=rows, peft_config=shape)
+
+    trainer("q_proj", 2).train()
+    with pytest.raises(InputError, match="adapter 'default' does not fit"):
+        trainer("o_proj", 4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 def test_training_again_starts_from_a_new_rollout(folders, tmp_path, rows):
     """`train()` twice on one trainer: the second run samples anew, from the seed of the config."""
     trainer = trainer_of(folders, "sft", "adapter", config(tmp_path, max_steps=2), rows)

@@ -71,6 +71,17 @@ def test_every_new_config_field_is_documented(ours, parent):
         assert re.search(rf"\b{name}\b", ours.__doc__), f"{ours.__name__}.{name} is not in the docstring"
 
 
-def test_files_named_in_the_readme_exist():
-    for path in re.findall(r"`((?:instructgpt_trl|recipes|eval|tests)/[\w./]+)`", README):
+def test_files_and_tests_named_in_the_readme_exist():
+    for path, name in re.findall(r"`((?:instructgpt_trl|recipes|eval|tests)/[\w./]+)(?:::(\w+))?`", README):
         assert (ROOT / path).exists(), path
+        if name:
+            assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), name
+
+
+def test_functions_in_the_table_of_the_paper_exist():
+    rows = re.findall(r"^\| [^|]* \| ([^|]*) \| `tests/[^|]*::[^|]* \|$", README, flags=re.MULTILINE)
+    assert len(rows) > 15
+    for row in rows:
+        names = re.findall(r"`([\w./]+)`", row)
+        code = "".join((ROOT / name).read_text(encoding="utf-8") for name in names if "/" in name)
+        assert all(re.search(rf"(def|class) {name}\b", code) for name in names if "/" not in name), row

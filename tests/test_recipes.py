@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -292,6 +293,22 @@ BAD_ARGUMENTS = {
         "eval_strategy=epoch: no rows for it; give eval_fraction or",
     ),
     "a share above 1": ("eval_fraction: 2", [], "eval_fraction=2 of 4 rows: expected a number between 0 and 1"),
+    "a share that leaves nothing": ("eval_fraction: 0.9", [], "eval_fraction=0.9 of 4 rows: expected a number betwe"),
+    "no checkpoint of that name": (
+        "resume_from_checkpoint: nowhere",
+        [],
+        "--resume_from_checkpoint nowhere: no checkpoint there",
+    ),
+    "no checkpoint": (
+        "seed: 1",
+        ["--resume_from_checkpoint", "true"],
+        "--resume_from_checkpoint true: no checkpoint there",
+    ),
+    "no such modules": (
+        "lora_target_modules: foo",
+        ["--use_peft", "true"],
+        "Target modules {'foo'} not found in the base model",
+    ),
     "no such rows": ("dataset: nowhere.jsonl", ["--dataset"], "nowhere.jsonl: no such file"),
 }
 
@@ -311,6 +328,41 @@ def test_wrong_arguments(text, change, message, base_dir, rows, tmp_path, capsys
     line = refused(SFT, argv, capsys, monkeypatch)
     assert message.replace("FILE", str(file)) in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "missing, message", [("config.json", "neither config.json nor"), ("tok*", "no tokenizer is in")]
+)
+def test_an_incomplete_model_folder(missing, message, base_dir, rows, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(base_dir, folder)
+    for file in folder.glob(missing):
+        file.unlink()
+    flags = [
+        "--model_name_or_path",
+        str(folder),
+        "--dataset",
+        rows["demonstrations"],
+        "--output_dir",
+        str(tmp_path / "o"),
+    ]
+    assert message in refused(SFT, flags, capsys, monkeypatch)
+
+
+def test_resuming_by_flag_goes_on_from_the_last_checkpoint(base_dir, rows, tmp_path):
+    flags = [
+        "--model_name_or_path",
+        base_dir,
+        "--dataset",
+        rows["demonstrations"],
+        "--output_dir",
+        str(tmp_path / "S"),
+    ]
+    flags += [*TINY, "--save_strategy", "steps", "--save_steps", "1", "--residual_dropout", "0"]
+    SFT.main([*flags, "--max_steps", "1"])
+    SFT.main([*flags, "--max_steps", "2", "--resume_from_checkpoint", "true"])
+    log = json.loads((tmp_path / "S" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert log["global_step"] == 2 and (tmp_path / "S" / "checkpoint-2").is_dir()
 
 
 def test_a_mistake_of_ours_keeps_its_traceback():

@@ -333,3 +333,23 @@ def test_parameters_survive_a_file_and_others_are_refused(folders, tmp_path):
     fewer = dict(list(role.parameters().items())[1:])
     with pytest.raises(InputError, match="another model"):
         load_parameters(fewer, str(tmp_path / "value.safetensors"))
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_base_that_was_trained_in_memory_is_not_the_reward_models_base(folders, changed):
+    """Its config still names the folder; the reward model then brings a base of its own, and scores as it should."""
+    policy = load(folders.base)
+    if changed:
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.add_(0.1)
+    policy = get_peft_model(policy, lora(task_type="CAUSAL_LM"))
+    add_fused_lm_head(policy.get_base_model(), temperature=1.0, outputs=("log_probs", "entropy"))
+    roles = build_roles(policy, [reward_parts(folders.reward("adapter"))])
+    assert (roles.rewards[0].network is policy) == (not changed)
+    assert roles.value.network is roles.rewards[0].network
+    with torch.no_grad(), roles.rewards[0].active():
+        scores = roles.rewards[0].scores(episodes())[0][:, 0]
+    plain = folders.plain_reward("adapter")
+    expected = [plain(*episode) for episode in zip(PROMPTS, COMPLETIONS, strict=True)]
+    assert scores.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)

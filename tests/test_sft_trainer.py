@@ -575,7 +575,7 @@ def test_scored_are_greedy_completions_in_the_prompts_form(tmp_path, demonstrati
     assert completions == [*expected[:3], [{"role": "assistant", "content": expected[3]}]]
 
 
-def test_reward_model_from_a_folder(tmp_path, demonstrations):
+def test_pitfall_06_reward_model_from_a_folder_sees_the_ids_that_were_generated(tmp_path, demonstrations):
     torch.manual_seed(4)
     network = LlamaForSequenceClassification(LlamaConfig(**make_llama().config.to_diff_dict(), num_labels=1))
     folder = str(tmp_path / "reward")
@@ -586,13 +586,11 @@ def test_reward_model_from_a_folder(tmp_path, demonstrations):
     policy, tokenizer, expected = make_llama().eval(), make_tokenizer(), []
     for prompt in demonstrations["prompt"]:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        # Pitfall 6: the ids that were generated, some of which are no text, and no EOS where none was generated
         for _ in range(3):
             ids = torch.cat([ids, policy(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
-        # Decoded and encoded again, as the score of a text is; bytes that are no text change on the way
-        start = tokenizer(prompt)["input_ids"]
-        text = tokenizer.decode(ids[0, len(start) :], skip_special_tokens=True)
-        whole = torch.tensor([[*start, *tokenizer(text)["input_ids"], 257]])
-        expected.append(network(input_ids=whole).logits.item() + 0.25)
+        assert 257 not in ids
+        expected.append(network(input_ids=ids).logits.item() + 0.25)
     assert found == pytest.approx(sum(expected) / 4, abs=1e-5)
 
 
@@ -620,9 +618,7 @@ def test_prompts_without_room_for_a_completion_are_named(tmp_path, demonstration
     rows = Dataset.from_list([{"prompt": "short"}, {"prompt": "x" * 253}, {"prompt": "y" * 252}])
     with caplog.at_level(logging.WARNING, logger="instructgpt_trl"):
         trainer = scored(tmp_path, demonstrations, ScriptedReward(1.0), {"prompt_dataset": rows})
-    assert (
-        "1 of 3 validation prompts over 252 tokens dropped: rows 1 (" + "x" * 30 + "..)" in caplog.text
-    )
+    assert "1 of 3 validation prompts over 252 tokens dropped: rows 1 (" + "x" * 30 + "..)" in caplog.text
     assert len(trainer._score_prompts) == 2
     with pytest.raises(InputError, match="1 of 1 validation prompts over 252 tokens dropped.*none is left"):
         scored(tmp_path, demonstrations, ScriptedReward(1.0), {"prompt_dataset": rows.select([1])})
@@ -741,3 +737,19 @@ def test_adapter_is_chosen_by_score_too(tmp_path, adapter_dir, demonstrations):
     trainer.train()
     best = load_file(tmp_path / "out" / "checkpoint-2" / "adapter_model.safetensors")
     assert_same(best, {name.replace(".default", ""): p for name, p in weights(trainer).items() if "lora" in name})
+
+
+def test_pitfall_18_a_loss_that_is_no_number_stops_the_run(tmp_path, base_dir, demonstrations):
+    trainer = SFTTrainer(base_dir, config(tmp_path, max_grad_norm=0.0), train_dataset=demonstrations)
+    weight = next(p for name, p in trainer.model.named_parameters() if "down_proj" in name)
+    weight.register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(RuntimeError, match="step 1: the loss is NaN or infinite"):
+        trainer.train()
+
+
+def test_pitfall_07_a_reward_model_of_another_tokenizer_is_refused(tmp_path, demonstrations):
+    network = LlamaForSequenceClassification(LlamaConfig(**make_llama(vocab=259).config.to_diff_dict(), num_labels=1))
+    folder = str(tmp_path / "reward")
+    RewardModel(network, make_tokenizer(extra=("<x>",)), bias=0.0).save_pretrained(folder)
+    with pytest.raises(InputError, match=f"the tokenizers of the model and {folder} differ"):
+        scored(tmp_path, demonstrations, folder)

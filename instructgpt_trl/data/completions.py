@@ -16,6 +16,7 @@ class CompletionsFile:
 
     def __init__(self, path: Path):
         self.path = path
+        self.appended = False  # whether this run has written rows
 
     def start(self, step: int) -> None:
         """Take out the rows of an earlier run from `step` on, where this run starts, and a line cut short."""
@@ -28,6 +29,7 @@ class CompletionsFile:
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
         """Write `rows` behind those that are there."""
+        self.appended = True
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             for row in rows:

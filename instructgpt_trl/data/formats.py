@@ -18,7 +18,7 @@ from trl import extract_prompt, pack_dataset
 
 from .files import READERS, InputError, load_arrow
 
-# Required columns of each kind of row (design: rows). `chosen`/`rejected` rows are read as rankings with K = 2.
+# Required columns of each kind of row. `chosen`/`rejected` rows are read as rankings with K = 2.
 KINDS: dict[str, tuple[str, ...]] = {
     "demonstration": ("prompt", "completion"),
     "ranking": ("prompt", "completions", "ranks"),

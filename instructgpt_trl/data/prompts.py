@@ -1,5 +1,7 @@
 """Rules for prompts."""
 
+from typing import Any
+
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -18,14 +20,23 @@ def drop_long_prompts(
 ) -> Dataset | IterableDataset:
     """
     The rows whose prompt has at most `limit` tokens [P C: prompts over 1,024 are filtered]. The others are counted
-    and named in one warning; of an `IterableDataset`, which is read once, they are left out while reading.
+    and named in one warning; of an `IterableDataset`, which is read once, each is named when it is read.
 
     Raises:
         [`InputError`]: no row is left, or a prompt has no tokens.
     """
     if isinstance(dataset, IterableDataset):
-        most = float("inf") if limit is None else limit
-        return dataset.filter(lambda row: 0 < len(encode_prompt(tokenizer, row["prompt"], **template_kwargs)) <= most)
+
+        def fits(row: dict[str, Any], index: int) -> bool:
+            length = len(encode_prompt(tokenizer, row["prompt"], **template_kwargs))
+            if length == 0:
+                raise InputError(f"{name}, row {index}: the prompt has no tokens; fill it in or drop the row")
+            if limit is not None and length > limit:
+                logger.warning(f"{name}, row {index}: prompt of {length} tokens dropped, over {limit}")
+                return False
+            return True
+
+        return dataset.filter(fits, with_indices=True)
     lengths = [len(encode_prompt(tokenizer, prompt, **template_kwargs)) for prompt in dataset["prompt"]]
     if 0 in lengths:
         raise InputError(f"{name}, row {lengths.index(0)}: the prompt has no tokens; fill it in or drop the row")

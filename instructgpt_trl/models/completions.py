@@ -9,9 +9,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 def greedy_completions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[list[int]], max_new_tokens: int
-) -> list[str]:
+) -> list[list[int]]:
     """
-    Greedy completions as text, without special tokens; the model's training mode is left as it was.
+    Greedy completions as token ids, up to and including the token that ends them; the model's training mode is left
+    as it was.
 
     Args:
         model (`PreTrainedModel`): unwrapped causal language model.
@@ -20,7 +21,7 @@ def greedy_completions(
         max_new_tokens (`int`): longest completion in tokens.
 
     Returns:
-        `list[str]` of length B.
+        `list[list[int]]` of length B, at most `max_new_tokens` ids each.
     """
     rows = [torch.tensor(ids) for ids in prompt_ids]
     config = greedy_config(model, tokenizer, max_new_tokens)
@@ -37,7 +38,13 @@ def greedy_completions(
         )
     finally:
         model.train(training)
-    return tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+    ends = set(config.eos_token_id)
+    return [_until(row, ends) for row in output[:, input_ids.shape[1] :].tolist()]
+
+
+def _until(ids: list[int], ends: set[int]) -> list[int]:
+    end = next((index for index, token in enumerate(ids) if token in ends), len(ids) - 1)
+    return ids[: end + 1]
 
 
 def greedy_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:

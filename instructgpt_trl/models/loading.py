@@ -1,11 +1,14 @@
 """Models from a name: a full model, or an adapter folder on the base that it names."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftModel
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -14,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .._trl import create_model_from_path
 from ..data import InputError
@@ -34,15 +38,52 @@ def same_base(first: str | None, second: str | None) -> bool:
     return first == second
 
 
+def holds_weights_of(model: PreTrainedModel, name: str) -> bool:
+    """
+    Whether `model` has the weights saved under `name`, by three of its tensors: a model that was trained in memory
+    keeps the name of what it was loaded from. True where it cannot be told, as for a quantised model.
+    """
+    file = _weights_file(name)
+    if file is None or getattr(model, "is_quantized", False):
+        return True
+    own = {key.replace(".base_layer", ""): parameter for key, parameter in model.named_parameters()}
+    with safe_open(file, framework="pt") as saved:
+        keys = sorted(
+            key for key in saved.keys() if key in own and list(own[key].shape) == saved.get_slice(key).get_shape()
+        )
+        return all(
+            torch.equal(own[key].detach().cpu(), saved.get_tensor(key).to(own[key].dtype))
+            for key in {*keys[:1], *keys[len(keys) // 2 :][:1], *keys[-1:]}
+        )
+
+
+def _weights_file(name: str) -> str | None:
+    """A safetensors file of a folder's or a cached hub model's weights, the first of several."""
+
+    def find(file: str) -> str | None:
+        path = Path(name) / file if Path(name).is_dir() else try_to_load_from_cache(name, file)
+        return str(path) if isinstance(path, str | Path) and Path(path).is_file() else None
+
+    index = find(SAFE_WEIGHTS_INDEX_NAME)
+    if index is None:
+        return find(SAFE_WEIGHTS_NAME)
+    return find(min(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+
+
 def context_length(config: PreTrainedConfig) -> int | None:
     """Longest sequence in tokens; `None` if the config has no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_tokenizer(path: str, base: str | None = None, **kwargs) -> PreTrainedTokenizerBase:
-    """The tokenizer saved in `path`, else that of its `base`."""
+    """The tokenizer saved in `path`, else that of its `base`. Raises [`InputError`] if there is none."""
     has_own = not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").is_file()
-    return AutoTokenizer.from_pretrained(path if has_own or base is None else base, **kwargs)
+    source = path if has_own or base is None else base
+    try:
+        return AutoTokenizer.from_pretrained(source, **kwargs)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"no tokenizer in {source}: {reason}; save the tokenizer beside the model") from None
 
 
 def load_policy(path: str, **model_init_kwargs) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
@@ -65,7 +106,7 @@ def load_policy(path: str, **model_init_kwargs) -> tuple[PreTrainedModel | PeftM
         )
     try:
         model = create_model_from_path(base, AutoModelForCausalLM, **model_init_kwargs)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
         where = f"base model '{base}' of the adapter {path}" if adapter else f"model '{path}'"
         raise InputError(f"{where} cannot be loaded: {reason}") from None

@@ -18,12 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .._trl import add_fused_lm_head, disable_dropout_in_model, get_config_model_id
 from ..data import InputError
 from ..data.episodes import Episodes, attention_mask, before_tokens, completion_labels, last_token, take_rows
-from .loading import same_base
+from .loading import holds_weights_of, same_base
 from .reward_model import RewardParts
+
+logger = logging.get_logger(__name__)
 
 Network = PreTrainedModel | PeftModel
 
@@ -193,7 +196,7 @@ def _reference(policy: Network, temperature: float) -> Role:
         if "ref" not in policy.peft_config:
             return Role(policy, None)
         # The parent's copy goes by names, and misses adapters of embeddings
-        _load_adapter(policy, "ref", _adapter_state(policy, "default"))
+        load_adapter_weights(policy, "ref", _adapter_state(policy, "default"))
         return Role(policy, "ref")
     network = copy.deepcopy(policy)
     network.__dict__.pop("forward", None)  # the policy's fused head is bound to the policy
@@ -205,14 +208,24 @@ def _reference(policy: Network, temperature: float) -> Role:
 def _reward(policy: Network, parts: RewardParts, index: int) -> Role:
     head = _head(parts.head_weight, parts.bias)
     name = f"reward_{index}" if index else "reward"
-    on_policy_base = isinstance(policy, PeftModel) and parts.config is not None
-    if on_policy_base and same_base(parts.base, get_config_model_id(policy.get_base_model().config)):
+    if isinstance(policy, PeftModel) and parts.config is not None and _on_base_of(policy, parts.base):
         _add_adapter(policy, name, parts.config, parts.state)
         return Role(policy, name, head)
     network = parts.load_network()
     if isinstance(network, PeftModel):
         return Role(network, network.active_adapter, head)
     return Role(network.base_model, None, head)
+
+
+def _on_base_of(policy: PeftModel, name: str) -> bool:
+    """Whether the policy's base is the one that a reward adapter names: by name, and by its weights in memory."""
+    base = policy.get_base_model()
+    if not same_base(name, get_config_model_id(base.config)):
+        return False
+    if holds_weights_of(base, name):
+        return True
+    logger.warning(f"The policy's base has other weights than {name}, the reward model's: two bases are kept")
+    return False
 
 
 def _value_from_reward(reward: Role, peft_config: PeftConfig | None) -> Role:
@@ -276,11 +289,11 @@ def _adapter_state(network: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
 
 def _add_adapter(network: PeftModel, name: str, config: PeftConfig, state: dict[str, torch.Tensor]) -> None:
     network.add_adapter(name, config)
-    _load_adapter(network, name, state)
+    load_adapter_weights(network, name, state)
 
 
-def _load_adapter(network: PeftModel, name: str, state: dict[str, torch.Tensor]) -> None:
-    """Set the weights of the adapter `name`; every weight must find its place."""
+def load_adapter_weights(network: PeftModel, name: str, state: dict[str, torch.Tensor]) -> None:
+    """Set the weights of the adapter `name`. Raises [`InputError`] unless every weight finds its place."""
     result = set_peft_model_state_dict(network, state, adapter_name=name)
     own = adapter_parameters(network, name)
     keys = [*(key for key in result.missing_keys if key in own), *result.unexpected_keys]
