@@ -611,8 +611,8 @@ class _StepCallback(TrainerCallback):
         if args.save_completions:
             step = state.global_step
             self.trainer._files["train"].start(step)
-            if step or not self.trainer._files["eval"].appended:  # evaluate() may come before train()
-                self.trainer._files["eval"].start(step and step + 1)  # a step's evaluation comes before its checkpoint
+            # An evaluation may come before the training, and comes before the checkpoint of its step
+            self.trainer._files["eval"].start(step and step + 1, keep_baseline=True)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.ema is not None:

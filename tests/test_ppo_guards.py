@@ -270,7 +270,9 @@ def test_generation_that_would_change_the_shared_base_is_refused(folders, tmp_pa
     with pytest.raises(InputError, match="use_vllm: TRL merges the adapter"):
         with_function(folders.base, tmp_path, prompts, peft_config=lora(), use_vllm=True)
     with pytest.raises(InputError, match="use_transformers_continuous_batching: TRL casts"):
-        with_function(folders.base, tmp_path, prompts, bf16=True, use_transformers_continuous_batching=True)
+        args = config(tmp_path, use_transformers_continuous_batching=True)
+        args.bf16 = True  # which a config refuses without a GPU
+        PPOTrainer(folders.base, reward_funcs=mean_id, args=args, train_dataset=prompts)
 
 
 def test_images_are_refused(folders, tmp_path, prompts):

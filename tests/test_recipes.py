@@ -307,7 +307,7 @@ BAD_ARGUMENTS = {
     "no such modules": (
         "lora_target_modules: foo",
         ["--use_peft", "true"],
-        "Target modules {'foo'} not found in the base model",
+        "Target modules foo not found in the base model",
     ),
     "no such rows": ("dataset: nowhere.jsonl", ["--dataset"], "nowhere.jsonl: no such file"),
 }

@@ -16,21 +16,27 @@ class CompletionsFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self.appended = False  # whether this run has written rows
+        self.own = 0  # rows that this object has written; they are the last ones
 
-    def start(self, step: int) -> None:
-        """Take out the rows of an earlier run from `step` on, where this run starts, and a line cut short."""
+    def start(self, step: int, keep_baseline: bool = False) -> None:
+        """
+        Take out the rows of an earlier run from `step` on, where this run starts, and a line cut short. With
+        `keep_baseline`, what this object wrote of step 0, an evaluation before the training, stays.
+        """
         if not self.path.exists():
             return
         with self.path.open(encoding="utf-8") as file:
             complete = [line for line in file if line.endswith("\n")]
-        kept = [line for line in complete if json.loads(line)["step"] < step]
+        steps = [json.loads(line)["step"] for line in complete]
+        first_own = len(complete) - (self.own if keep_baseline else 0)
+        kept = [line for i, line in enumerate(complete) if steps[i] < step or (i >= first_own and steps[i] == 0)]
         self.path.write_text("".join(kept), encoding="utf-8")
+        self.own = sum(i >= first_own and steps[i] == 0 for i in range(len(complete)))
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
         """Write `rows` behind those that are there."""
-        self.appended = True
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                self.own += 1
