@@ -79,6 +79,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
+def folders(base_dir, tmp_path_factory):
+    """Policies and reward models in all their forms, as `ppo_helpers.Folders` makes them on first use."""
+    from ppo_helpers import Folders
+
+    return Folders(base_dir, tmp_path_factory.mktemp("folders"))
+
+
+@pytest.fixture(scope="session")
 def base_dir(tmp_path_factory) -> str:
     """Folder of a tiny Llama and its tokenizer, as `from_pretrained` reads it."""
     path = str(tmp_path_factory.mktemp("base"))

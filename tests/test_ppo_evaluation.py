@@ -12,7 +12,6 @@ from datasets import Dataset
 from peft import PeftModel
 from ppo_helpers import (
     EOS,
-    Folders,
     assert_equal,
     config,
     logged,
@@ -26,11 +25,6 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCal
 
 from instructgpt_trl import PPOTrainer
 from instructgpt_trl.data.episodes import pad_episodes
-
-
-@pytest.fixture(scope="session")
-def folders(base_dir, tmp_path_factory) -> Folders:
-    return Folders(base_dir, tmp_path_factory.mktemp("evaluation"))
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import torch
 from datasets import Dataset
 from ppo_helpers import (
     EOS,
-    Folders,
     assert_equal,
     config,
     lora,
@@ -21,12 +20,6 @@ from transformers import AutoModelForCausalLM, GenerationMixin
 
 from instructgpt_trl import PPOTrainer
 from instructgpt_trl.data import InputError
-
-
-@pytest.fixture(scope="session")
-def folders(base_dir, tmp_path_factory) -> Folders:
-    return Folders(base_dir, tmp_path_factory.mktemp("trainer"))
-
 
 CUT = {
     "min_new_tokens": 5,

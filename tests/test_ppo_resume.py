@@ -3,16 +3,11 @@
 import pytest
 import torch
 from datasets import Dataset
-from ppo_helpers import Folders, assert_equal, config, logged, lora
+from ppo_helpers import assert_equal, config, logged, lora
 from transformers import TrainerCallback
 
 from instructgpt_trl import PPOTrainer
 from instructgpt_trl.data import InputError
-
-
-@pytest.fixture(scope="session")
-def folders(base_dir, tmp_path_factory) -> Folders:
-    return Folders(base_dir, tmp_path_factory.mktemp("resume"))
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from conftest import make_llama, make_tokenizer
 from datasets import Dataset
 from ppo_helpers import (
     EOS,
-    Folders,
     assert_equal,
     config,
     known,
@@ -27,12 +26,6 @@ from ppo_helpers import (
 
 from instructgpt_trl import PPOTrainer, RewardConfig, RewardModel, RewardTrainer
 from instructgpt_trl.data import InputError
-
-
-@pytest.fixture(scope="session")
-def folders(base_dir, tmp_path_factory) -> Folders:
-    return Folders(base_dir, tmp_path_factory.mktemp("trainer"))
-
 
 CHAT = [{"prompt": [{"role": "user", "content": f"question {i}{'!' * i}"}]} for i in range(8)]
 

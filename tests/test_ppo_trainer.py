@@ -9,7 +9,6 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel, get_peft_model
 from ppo_helpers import (
     EOS,
-    Folders,
     assert_equal,
     config,
     logged,
@@ -25,11 +24,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from instructgpt_trl import PPOConfig, PPOTrainer
 from instructgpt_trl.data import InputError
 from instructgpt_trl.data.episodes import pad_episodes
-
-
-@pytest.fixture(scope="session")
-def folders(base_dir, tmp_path_factory) -> Folders:
-    return Folders(base_dir, tmp_path_factory.mktemp("trainer"))
 
 
 def outputs(trainer) -> dict[str, torch.Tensor]:

@@ -10,7 +10,6 @@ from ppo_helpers import (
     EOS,
     GPT2_TARGETS,
     LLAMA_TARGETS,
-    Folders,
     assert_close,
     assert_equal,
     config,
@@ -31,12 +30,6 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from instructgpt_trl import PPOTrainer
-
-
-@pytest.fixture(scope="session")
-def folders(base_dir, tmp_path_factory) -> Folders:
-    return Folders(base_dir, tmp_path_factory.mktemp("update"))
-
 
 SET_UPS = pytest.mark.parametrize("policy, reward", [("sft", "adapter"), ("fresh", "full"), ("full", "full")])
 
@@ -183,10 +176,10 @@ def test_updates_equal_plain_passes_and_the_equations(
         assert fractions[::2] == [0, 0] and max(fractions[1::2]) > 0
 
 
-def one_step(folders, tmp_path, prompts, tokenizer=None, policy="sft", reward="adapter", **settings):
+def one_step(folders, tmp_path, prompts, tokenizer=None, policy="sft", reward="adapter", texts=None, **settings):
     """The first optimizer step's record, and the trainer."""
     args = config(tmp_path, **{"max_steps": 1, **settings})
-    trainer = trainer_of(folders, policy, reward, args, prompts, processing_class=tokenizer)
+    trainer = trainer_of(folders, policy, reward, args, prompts, processing_class=tokenizer, ptx_dataset=texts)
     recorder = record(trainer)
     trainer.train()
     return recorder.steps[0], trainer
@@ -238,6 +231,10 @@ def test_pitfall_08_09_micro_batches_do_not_change_the_gradient(
             folders,
             tmp_path,
             prompts,
+            texts=texts,
+            ptx_coef=0.5,
+            ptx_ratio=1,
+            ptx_max_length=20,
             per_device_train_batch_size=n,
             gradient_accumulation_steps=m,
             steps_per_generation=m,
@@ -246,7 +243,8 @@ def test_pitfall_08_09_micro_batches_do_not_change_the_gradient(
     ]
     for name in ("policy_grad", "value_grad"):
         assert_close(steps[0][0][name], steps[1][0][name], rtol=1e-5, atol=1e-6)
-    for name in ("loss", "loss/policy", "loss/value", "grad_norm/policy", "objective/scores", "policy/ratio"):
+    names = ("loss", "loss/policy", "loss/value", "loss/ptx", "grad_norm/policy", "grad_norm/ptx", "policy/ratio")
+    for name in (*names, "objective/scores"):
         assert logged(steps[0][1], name) == pytest.approx(logged(steps[1][1], name), rel=1e-5, abs=1e-6)
 
 

@@ -17,11 +17,6 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 COMPLETIONS = [[20, 21, 257], [256, 22], [23]]  # 256 is the pad id, and a token like any other
 
 
-@pytest.fixture(scope="session")
-def folders(base_dir, tmp_path_factory) -> Folders:
-    return Folders(base_dir, tmp_path_factory.mktemp("roles"))
-
-
 def policy_of(folders: Folders, name: str, temperature: float = 1.0):
     """A policy as `RLOOTrainer.__init__` leaves it."""
     if name == "sft":

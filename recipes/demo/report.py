@@ -321,8 +321,9 @@ model also forgets the text that it was pretrained on, the paper's alignment tax
 <div class="grid">{figures}</div>
 
 <h2>Labelers and reward model</h2>
-<p>Each labeler scores with the gold reward by weights of his own, plus noise; near-equal answers tie. Agreement counts
-the pairs that neither ties. The paper's numbers are for people and a model of 6B parameters.</p>
+<p>Each labeler scores with the gold reward by weights of his own, plus noise, which is set on answers to training
+prompts so that two of them agree about as often as people do; near-equal answers tie. Agreement, measured on held-out
+prompts, counts the pairs that neither ties. The paper's numbers are for people and a model of 6B parameters.</p>
 <div class="card"><table class="numbers"><thead><tr><th></th><th>here</th><th>paper</th></tr></thead>
 <tbody>{facts}</tbody></table></div>
 
