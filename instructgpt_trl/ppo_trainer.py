@@ -144,11 +144,11 @@ class PPOTrainer(RLOOTrainer):
                     processing_class, part.tokenizer, ("the policy", part.path or f"reward model {index}")
                 )
             _check_generation(args, isinstance(model, PeftModel) or peft_config is not None)
-            limit = _prompt_limit(args, context_length(model.config))
-            train_dataset = _short_enough(train_dataset, "train_dataset", args, processing_class, limit)
+            _warn_beyond_context(args, context_length(model.config))
+            train_dataset = _short_enough(train_dataset, "train_dataset", args, processing_class)
             if eval_dataset is not None:
                 eval_dataset = _each(
-                    eval_dataset, lambda rows, name: _short_enough(rows, name, args, processing_class, limit)
+                    eval_dataset, lambda rows, name: _short_enough(rows, name, args, processing_class)
                 )
             _check_batches(args, train_dataset)
 
@@ -446,8 +446,7 @@ class PPOTrainer(RLOOTrainer):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def _fitting_prompts(self, rows: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
-        limit = _prompt_limit(self.args, context_length(self.model.config))
-        return _short_enough(check_rows(rows, "prompt", name), name, self.args, self.processing_class, limit)
+        return _short_enough(check_rows(rows, "prompt", name), name, self.args, self.processing_class)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the parent's, but several evaluation sets have names of their own: `eval_<set>_objective/scores`."""
@@ -653,21 +652,17 @@ def _each(dataset: Any, apply) -> Any:
     return apply(dataset, "eval_dataset")
 
 
-def _prompt_limit(args: PPOConfig, context: int | None) -> int | None:
-    """Most tokens of a prompt: `max_prompt_length`, and what a completion leaves of the model's context."""
-    if context is None:
-        return args.max_prompt_length
-    room = context - args.max_completion_length
-    if room < 1:
-        raise InputError(
-            f"max_completion_length={args.max_completion_length}: no room for a prompt in the model's context of "
-            f"{context} tokens; lower it"
+def _warn_beyond_context(args: PPOConfig, context: int | None) -> None:
+    """Rotary positions go on past the context, worse and worse; learned ones end there with an IndexError."""
+    if context is not None and (args.max_prompt_length or 0) + args.max_completion_length > context:
+        logger.warning(
+            f"max_prompt_length={args.max_prompt_length} and max_completion_length={args.max_completion_length} "
+            f"together exceed the model's context of {context} tokens; lower them"
         )
-    return min(args.max_prompt_length or room, room)
 
 
-def _short_enough(rows: Any, name: str, args: PPOConfig, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Any:
-    return drop_long_prompts(rows, tokenizer, limit, name, **(args.chat_template_kwargs or {}))
+def _short_enough(rows: Any, name: str, args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    return drop_long_prompts(rows, tokenizer, args.max_prompt_length, name, **(args.chat_template_kwargs or {}))
 
 
 def _load(model: str, args: PPOConfig, quantization_config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

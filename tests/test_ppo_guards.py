@@ -248,15 +248,15 @@ def test_the_callers_config_is_left_as_it_was(folders, tmp_path, prompts, fails)
     assert args.beta == 0.3 and args.model_init_kwargs == {"dtype": "float32"}
 
 
-def test_prompt_and_completion_share_the_models_context(folders, tmp_path, prompts, caplog):
-    """The tiny model has 256 positions; `prompt i` and i dots are 8 to 24 bytes."""
+@pytest.mark.parametrize("longest, warned", [(232, False), (233, True)])
+def test_prompts_and_completions_beyond_the_models_context_are_warned_of(
+    folders, tmp_path, prompts, caplog, longest, warned
+):
+    """The tiny model has 256 positions."""
     caplog.set_level(logging.WARNING)
     logging.getLogger("transformers").propagate = True
-    trainer = with_function(folders.base, tmp_path, prompts, max_completion_length=240, max_prompt_length=None)
-    assert trainer.train_dataset["prompt"] == prompts["prompt"][:9]
-    assert "prompts of train_dataset over 16 tokens dropped" in caplog.text
-    with pytest.raises(InputError, match="max_completion_length=256: no room for a prompt"):
-        with_function(folders.base, tmp_path, prompts, max_completion_length=256)
+    with_function(folders.base, tmp_path, prompts, max_completion_length=longest, max_prompt_length=24)
+    assert ("together exceed the model's context of 256 tokens" in caplog.text) == warned
 
 
 def test_generation_that_would_change_the_shared_base_is_refused(folders, tmp_path, prompts):

@@ -44,9 +44,6 @@ def drop_long_prompts(
     if report is None:
         return dataset
     if not keep:
-        raise InputError(
-            f"{name}: {report}; raise max_prompt_length, or lower max_completion_length, with which it shares the "
-            f"model's context"
-        )
+        raise InputError(f"{name}: {report}; raise max_prompt_length")
     logger.warning(report)
     return dataset.select(keep)
