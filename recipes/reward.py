@@ -46,6 +46,9 @@ def main(argv: list[str]) -> None:
         accuracy = final_evaluation(trainer).get("eval_accuracy", float("nan"))
         longer = longer_wins(trainer.eval_dataset)
         trainer.accelerator.print(f"\nheld-out accuracy: {accuracy:.4f}   'the longer one wins': {longer:.4f}")
+    if args.demonstrations is not None:
+        bias = trainer.reward_model.bias
+        trainer.accelerator.print(f"demonstrations score 0 on average with the bias {bias:+.4f}")
     then = next_command(
         args,
         config.output_dir,
