@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,11 @@ from .data import InputError, check_output_dir, check_rows, check_tokenizers, en
 from .data.completions import CompletionsFile
 from .data.episodes import Episodes, pad_episodes, take_rows
 from .data.pretraining import PretrainingStream, as_episodes
-from .data.prompts import drop_long_prompts
+from .data.prompts import check_prompts, drop_long_prompts
 from .functional import gae, policy_loss, token_rewards, value_loss, whiten
 from .models.ema import EMA
 from .models.guards import stop_unless_finite
-from .models.loading import context_length, float32_adapters, load_policy, load_tokenizer
+from .models.loading import context_length, float32_adapters, load_policy, load_tokenizer, warn_beyond_context
 from .models.reward_model import reward_parts
 from .models.rewards import ModelReward, finite_reward, split_rewards
 from .models.roles import (
@@ -54,6 +55,11 @@ logger = logging.get_logger(__name__)
 VALUE_FILE = "value_model.safetensors"
 _REWARD_ARGUMENTS = ("prompts", "completions")  # TRL's own; columns of these names cannot be passed to functions
 STATE_FILE = "ppo_state.json"
+_GRADIENTS = {
+    "grad_norm/policy": "the policy's",
+    "grad_norm/ptx": "the pretraining",
+    "grad_norm/value": "the value model's",
+}
 COMPLETIONS_FILES = {"train": "completions.jsonl", "eval": "eval_completions.jsonl"}
 
 
@@ -122,9 +128,8 @@ class PPOTrainer(RLOOTrainer):
         _check_arguments(model, args, functions, models, train_dataset, processing_class, optimizers)
         args = args or PPOConfig(f"{_name_of(model)}-PPO")
         _check_process(args, len(models), len(functions))
-        train_dataset = check_rows(train_dataset, "prompt", "train_dataset")
-        if eval_dataset is not None:
-            eval_dataset = _each(eval_dataset, lambda rows, name: check_rows(rows, "prompt", name))
+        train_dataset = check_prompts(train_dataset, "train_dataset")
+        eval_dataset = _each(eval_dataset, check_prompts)
         if ptx_dataset is not None:
             ptx_dataset = check_rows(ptx_dataset, "pretraining", "ptx_dataset")
         check_output_dir(args.output_dir)
@@ -136,20 +141,23 @@ class PPOTrainer(RLOOTrainer):
                 processing_class = processing_class or tokenizer
                 args.model_init_kwargs, quantization_config = None, None  # used up
             processing_class = processing_class or load_tokenizer(get_config_model_id(model.config))
+            new_adapter = copy.deepcopy(peft_config)  # PEFT fills it in
             if isinstance(model, PeftModel) and peft_config is not None:
                 logger.warning("The policy continues its own adapter; peft_config shapes the value adapter only")
+                new_adapter = None
             parts = [reward_parts(source) for source in models]
             for index, part in enumerate(parts):
                 check_tokenizers(
                     processing_class, part.tokenizer, ("the policy", part.path or f"reward model {index}")
                 )
             _check_generation(args, isinstance(model, PeftModel) or peft_config is not None)
-            _warn_beyond_context(args, context_length(model.config))
-            train_dataset = _short_enough(train_dataset, "train_dataset", args, processing_class)
-            if eval_dataset is not None:
-                eval_dataset = _each(
-                    eval_dataset, lambda rows, name: _short_enough(rows, name, args, processing_class)
-                )
+            warn_beyond_context(model.config, args.max_prompt_length, args.max_completion_length)
+            template = args.chat_template_kwargs or {}
+            self._short = partial(
+                drop_long_prompts, tokenizer=processing_class, limit=args.max_prompt_length, **template
+            )
+            train_dataset = self._short(train_dataset, "train_dataset")
+            eval_dataset = _each(eval_dataset, self._short)
             _check_batches(args, train_dataset)
 
             beta, args.beta = args.beta, 0.0  # the parent would load its reference from disk; ours copies the policy
@@ -166,9 +174,7 @@ class PPOTrainer(RLOOTrainer):
                     callbacks=callbacks,
                     optimizers=optimizers,
                     quantization_config=quantization_config,
-                    peft_config=None
-                    if isinstance(model, PeftModel)
-                    else copy.deepcopy(peft_config),  # PEFT fills it in
+                    peft_config=new_adapter,
                 )
             self.beta = beta
             names = self.reward_func_names
@@ -368,7 +374,11 @@ class PPOTrainer(RLOOTrainer):
             else:
                 self._sums["grad_norm/policy"] = self._norm(self._policy_parameters)
             self._sums["grad_norm/value"] = self._norm(self._value_parameters)
-            self._stop_unless_sound(loss)
+            self.stop_unless_finite(loss, "the loss")
+            if self.accelerator.scaler is None:  # a gradient scaler skips steps of infinite gradients by itself
+                for name, whose in _GRADIENTS.items():
+                    if name in self._sums:
+                        self.stop_unless_finite(torch.tensor(self._sums[name]), f"{whose} gradient")
             for name, value in self._sums.items():
                 self._metrics["train"][name].append(value)
             self._sums.clear()
@@ -441,12 +451,9 @@ class PPOTrainer(RLOOTrainer):
         with preserved_rng():
             set_seed(self.args.seed)
             self._evaluated = metric_key_prefix.removeprefix("eval").removeprefix("_")
-            if eval_dataset is not None and not isinstance(eval_dataset, str):
-                eval_dataset = _each(eval_dataset, self._fitting_prompts)
+            if not isinstance(eval_dataset, str):
+                eval_dataset = _each(_each(eval_dataset, check_prompts), self._short)
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def _fitting_prompts(self, rows: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
-        return _short_enough(check_rows(rows, "prompt", name), name, self.args, self.processing_class)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the parent's, but several evaluation sets have names of their own: `eval_<set>_objective/scores`."""
@@ -551,13 +558,6 @@ class PPOTrainer(RLOOTrainer):
         scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
         return torch.nn.utils.get_total_norm([g for g in grads if g is not None]).item() / scale
 
-    def _stop_unless_sound(self, loss: torch.Tensor) -> None:
-        """Loss and gradients of a minibatch; a gradient scaler skips steps of infinite gradients by itself."""
-        self.stop_unless_finite(loss, "the loss")
-        if self.accelerator.scaler is None:
-            for who, parameters in (("policy", self._policy_parameters), ("value model", self._value_parameters)):
-                self.stop_unless_finite(torch.tensor(self._norm(parameters)), f"the {who}'s gradient")
-
     def stop_unless_finite(self, tensor: torch.Tensor, what: str) -> None:
         """As the function of this name, with the step, and what to look at."""
         stop_unless_finite(tensor, what, self.state.global_step, "look at completions.jsonl")
@@ -646,23 +646,12 @@ def _name_of(model: Any) -> str:
 
 
 def _each(dataset: Any, apply) -> Any:
-    """`apply(rows, name)` to an evaluation dataset, or to each of a dictionary of them."""
+    """`apply(rows, name)` to an evaluation dataset, or to each of a dictionary of them, if there is one."""
+    if dataset is None:
+        return None
     if isinstance(dataset, dict):
         return {name: apply(rows, f"eval_dataset['{name}']") for name, rows in dataset.items()}
     return apply(dataset, "eval_dataset")
-
-
-def _warn_beyond_context(args: PPOConfig, context: int | None) -> None:
-    """Rotary positions go on past the context, worse and worse; learned ones end there with an IndexError."""
-    if context is not None and (args.max_prompt_length or 0) + args.max_completion_length > context:
-        logger.warning(
-            f"max_prompt_length={args.max_prompt_length} and max_completion_length={args.max_completion_length} "
-            f"together exceed the model's context of {context} tokens; lower them"
-        )
-
-
-def _short_enough(rows: Any, name: str, args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
-    return drop_long_prompts(rows, tokenizer, args.max_prompt_length, name, **(args.chat_template_kwargs or {}))
 
 
 def _load(model: str, args: PPOConfig, quantization_config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -686,11 +675,6 @@ def _check_arguments(model, args, functions, models, train_dataset, processing_c
             )
     if train_dataset is None:
         raise InputError("train_dataset is missing; expected rows with the column 'prompt'")
-    images = (
-        {"image", "images"} & set(train_dataset.column_names or []) if hasattr(train_dataset, "column_names") else ()
-    )
-    if images:
-        raise InputError(f"train_dataset: column '{min(images)}': PPOTrainer trains on text; remove it")
     if isinstance(processing_class, ProcessorMixin):
         raise InputError("processing_class: PPOTrainer trains on text; pass a tokenizer, not a processor of images")
     if optimizers[0] is not None:

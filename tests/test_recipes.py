@@ -144,15 +144,13 @@ def test_conversational_rows_and_the_yaml_file_beside_this_one(base_dir, rows, t
     assert "{'role': 'assistant', 'content'" in capsys.readouterr().out
 
 
+def sft_flags(base_dir, rows, output_dir) -> list[str]:
+    model, dataset = ("--model_name_or_path", base_dir), ("--dataset", rows["demonstrations"])
+    return [*model, *dataset, "--output_dir", str(output_dir)]
+
+
 def test_accelerate_launch_without_a_config(base_dir, rows, tmp_path):
-    flags = [
-        "--model_name_or_path",
-        base_dir,
-        "--dataset",
-        rows["demonstrations"],
-        "--output_dir",
-        str(tmp_path / "S"),
-    ]
+    flags = sft_flags(base_dir, rows, tmp_path / "S")
     launch = [sys.executable, "-m", "accelerate.commands.launch", str(RECIPES / "sft.py"), *flags, *TINY]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -338,26 +336,11 @@ def test_an_incomplete_model_folder(missing, message, base_dir, rows, tmp_path, 
     shutil.copytree(base_dir, folder)
     for file in folder.glob(missing):
         file.unlink()
-    flags = [
-        "--model_name_or_path",
-        str(folder),
-        "--dataset",
-        rows["demonstrations"],
-        "--output_dir",
-        str(tmp_path / "o"),
-    ]
-    assert message in refused(SFT, flags, capsys, monkeypatch)
+    assert message in refused(SFT, sft_flags(str(folder), rows, tmp_path / "o"), capsys, monkeypatch)
 
 
 def test_resuming_by_flag_goes_on_from_the_last_checkpoint(base_dir, rows, tmp_path):
-    flags = [
-        "--model_name_or_path",
-        base_dir,
-        "--dataset",
-        rows["demonstrations"],
-        "--output_dir",
-        str(tmp_path / "S"),
-    ]
+    flags = sft_flags(base_dir, rows, tmp_path / "S")
     flags += [*TINY, "--save_strategy", "steps", "--save_steps", "1", "--residual_dropout", "0"]
     SFT.main([*flags, "--max_steps", "1"])
     SFT.main([*flags, "--max_steps", "2", "--resume_from_checkpoint", "true"])

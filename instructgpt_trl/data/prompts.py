@@ -6,20 +6,37 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .formats import InputError, by_prompt, encode_prompt, split_by_length
+from .demonstrations import IMAGES, columns_of
+from .formats import InputError, by_prompt, check_rows, encode_prompt, split_by_length
 
 logger = logging.get_logger(__name__)
 
 
+def check_prompts(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+    """
+    Rows of kind "prompt", of text alone.
+
+    Raises:
+        [`InputError`]: a wrong row, none, or a column of images.
+    """
+    dataset = check_rows(dataset, "prompt", name)
+    images = IMAGES & columns_of(dataset)
+    if images:
+        raise InputError(f"{name}: column '{min(images)}': PPOTrainer trains on text; remove it")
+    return dataset
+
+
 def drop_long_prompts(
     dataset: Dataset | IterableDataset,
+    name: str,
+    *,
     tokenizer: PreTrainedTokenizerBase,
     limit: int | None,
-    name: str = "dataset",
     **template_kwargs,
 ) -> Dataset | IterableDataset:
     """
-    The rows whose prompt has at most `limit` tokens [P C: prompts over 1,024 are filtered]. The others are counted
+    The rows whose prompt has at most `limit` tokens [P C: prompts over 1,024 are filtered]; the chat template gets
+    `template_kwargs`. The others are counted
     and named in one warning; of an `IterableDataset`, which is read once, each is named when it is read.
 
     Raises:

@@ -17,10 +17,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .._trl import create_model_from_path
 from ..data import InputError
+
+logger = logging.get_logger(__name__)
 
 
 def is_adapter(path: str) -> bool:
@@ -75,6 +77,19 @@ def context_length(config: PreTrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def warn_beyond_context(config: PreTrainedConfig, prompt: int | None, completion: int) -> None:
+    """
+    Warn if a prompt and a completion of these lengths exceed the context. Rotary positions go on past it, worse and
+    worse; learned ones end there with an IndexError.
+    """
+    context = context_length(config)
+    if context is not None and (prompt or 0) + completion > context:
+        logger.warning(
+            f"max_prompt_length={prompt} and max_completion_length={completion} together exceed the model's context "
+            f"of {context} tokens; lower them"
+        )
+
+
 def load_tokenizer(path: str, base: str | None = None, **kwargs) -> PreTrainedTokenizerBase:
     """The tokenizer saved in `path`, else that of its `base`. Raises [`InputError`] if there is none."""
     has_own = not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").is_file()
@@ -112,7 +127,7 @@ def load_policy(path: str, **model_init_kwargs) -> tuple[PreTrainedModel | PeftM
         raise InputError(f"{where} cannot be loaded: {reason}") from None
     if adapter:
         model = PeftModel.from_pretrained(model, path, is_trainable=True)
-    kwargs = {key: model_init_kwargs[key] for key in ("trust_remote_code",) if key in model_init_kwargs}
+    kwargs = {key: model_init_kwargs[key] for key in ("trust_remote_code", "revision") if key in model_init_kwargs}
     return model, load_tokenizer(path, base, **kwargs)
 
 
