@@ -39,7 +39,7 @@ from .models.ema import EMA
 from .models.guards import stop_unless_finite
 from .models.loading import context_length, float32_adapters, load_policy, load_tokenizer, warn_beyond_context
 from .models.reward_model import reward_parts
-from .models.rewards import ModelReward, finite_reward, split_rewards
+from .models.rewards import ModelReward, all_rewards, finite_reward, is_model
 from .models.roles import (
     Role,
     build_roles,
@@ -78,9 +78,9 @@ class PPOTrainer(RLOOTrainer):
             What `RewardTrainer.save_model` wrote, or the loaded object. Trained on the policy's base as an adapter, it
             becomes an adapter of that base and nothing is loaded twice. The value model starts from the first one.
         reward_funcs:
-            As in TRL. Strings and models among them are read as reward models. With `reward_model`, all are summed by
-            `args.reward_weights`, reward models first. Without any reward model the value model starts from the policy
-            with a head of zeros.
+            As in TRL. Strings and models among them are read as reward models. All are summed by
+            `args.reward_weights`: first what `reward_model` holds, then these, in their order. Without any reward
+            model the value model starts from the policy with a head of zeros.
         ptx_dataset (`Dataset`, *optional*):
             Rows of kind "pretraining" for the pretraining gradient. Without it this is PPO, whatever `ptx_coef` is.
 
@@ -124,10 +124,10 @@ class PPOTrainer(RLOOTrainer):
         ptx_dataset: Dataset | None = None,
     ):
         model = os.fspath(model) if isinstance(model, os.PathLike) else model
-        functions, models = split_rewards(reward_funcs, reward_model)
-        _check_arguments(model, args, functions, models, train_dataset, processing_class, optimizers)
+        rewards = all_rewards(reward_funcs, reward_model)
+        _check_arguments(model, args, rewards, train_dataset, processing_class, optimizers)
         args = args or PPOConfig(f"{_name_of(model)}-PPO")
-        _check_process(args, len(models), len(functions))
+        _check_process(args, len(rewards))
         train_dataset = check_prompts(train_dataset, "train_dataset")
         eval_dataset = _each(eval_dataset, check_prompts)
         if ptx_dataset is not None:
@@ -136,8 +136,9 @@ class PPOTrainer(RLOOTrainer):
 
         with preserved_rng(), _restored(args, "beta", "model_init_kwargs"):
             set_seed(args.seed)
+            kwargs = _init_kwargs(args, quantization_config)
             if isinstance(model, str):
-                model, tokenizer = _load(model, args, quantization_config)
+                model, tokenizer = load_policy(model, **kwargs)
                 processing_class = processing_class or tokenizer
                 args.model_init_kwargs, quantization_config = None, None  # used up
             processing_class = processing_class or load_tokenizer(get_config_model_id(model.config))
@@ -145,7 +146,8 @@ class PPOTrainer(RLOOTrainer):
             if isinstance(model, PeftModel) and peft_config is not None:
                 logger.warning("The policy continues its own adapter; peft_config shapes the value adapter only")
                 new_adapter = None
-            parts = [reward_parts(source) for source in models]
+            hub = {"trust_remote_code": args.trust_remote_code}
+            parts = [reward_parts(reward, **hub) for reward in rewards if is_model(reward)]
             for index, part in enumerate(parts):
                 check_tokenizers(
                     processing_class, part.tokenizer, ("the policy", part.path or f"reward model {index}")
@@ -164,8 +166,7 @@ class PPOTrainer(RLOOTrainer):
             with float32_adapters(model):
                 super().__init__(
                     model,
-                    [ModelReward(self, f"reward_model_{i}" if i else "reward_model") for i in range(len(parts))]
-                    + [finite_reward(function, self) for function in functions],
+                    [ModelReward(self) if is_model(reward) else finite_reward(reward, self) for reward in rewards],
                     args=args,
                     train_dataset=train_dataset,
                     eval_dataset=eval_dataset,
@@ -178,15 +179,19 @@ class PPOTrainer(RLOOTrainer):
                 )
             self.beta = beta
             names = self.reward_func_names
-            self.reward_func_names = [f"{n}_{i}" if n in names[:i] else n for i, n in enumerate(names)]
-            self._set_up_roles(parts, peft_config)
+            seen = [names[:i].count(name) for i, name in enumerate(names)]
+            self.reward_func_names = [f"{name}_{n}" if n else name for name, n in zip(names, seen, strict=True)]
+            kwargs.pop("revision", None)  # of the policy
+            self._set_up_roles(parts, peft_config, kwargs)
             self._set_up_state(ptx_dataset)
 
     # Set-up
 
-    def _set_up_roles(self, parts: list, peft_config: PeftConfig | None) -> None:
-        self.roles = build_roles(self.model, parts, peft_config, self.temperature, with_reference=self.beta != 0)
-        for function, role in zip(self.reward_funcs, self.roles.rewards, strict=False):
+    def _set_up_roles(self, parts: list, peft_config: PeftConfig | None, kwargs: dict[str, Any]) -> None:
+        has_reference = self.beta != 0
+        self.roles = build_roles(self.model, parts, peft_config, self.temperature, has_reference, **kwargs)
+        from_models = [function for function in self.reward_funcs if isinstance(function, ModelReward)]
+        for function, role in zip(from_models, self.roles.rewards, strict=True):
             function.role = role
         for role in self.roles:
             if role.network is not self.model and not getattr(role.model, "is_quantized", False):
@@ -211,6 +216,8 @@ class PPOTrainer(RLOOTrainer):
         self._episodes: Episodes | None = None
         self._order: torch.Tensor | None = None
         self._sums: dict[str, float] = defaultdict(float)
+        # (2, tokens) returns and values of each rollout since the last log
+        self._tokens: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
         self._evaluated = ""  # name of the evaluation set, where there are several
         folder = Path(args.output_dir)
         self._files = {mode: CompletionsFile(folder / name) for mode, name in COMPLETIONS_FILES.items()}
@@ -457,6 +464,7 @@ class PPOTrainer(RLOOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the parent's, but several evaluation sets have names of their own: `eval_<set>_objective/scores`."""
+        self._log_spread("train" if self.model.training else "eval")
         if self._evaluated and not self.model.training:
             renamed = {f"{self._evaluated}_{name}": rows for name, rows in self._metrics["eval"].items()}
             self._metrics["eval"] = defaultdict(list, renamed)
@@ -490,8 +498,8 @@ class PPOTrainer(RLOOTrainer):
     # Metrics and completions
 
     def _log_rollout(self, episodes, entropies, kl, scores, parts, values, returns) -> None:
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        mask = episodes["mask"]
+        mode = "train" if self.model.training else "eval"
+        metrics, mask = self._metrics[mode], episodes["mask"]
         per_row = {  # one entry a completion: the parent's mean over entries is the mean over completions
             "objective/kl": kl,
             "objective/scores": scores,
@@ -505,16 +513,25 @@ class PPOTrainer(RLOOTrainer):
             del per_row["objective/kl"]
         for name, rows in per_row.items():
             metrics[name].extend(rows.tolist())
-        if not scores.isnan().all():
-            metrics["objective/scores_std"].append(scores[~scores.isnan()].std(correction=0).item())
         metrics["objective/kl_coef"].append(self.kl_coef)
-        residual, target = (returns - values)[mask], returns[mask]
-        if len(target) and target.var(correction=0) > 0:
-            explained = 1 - residual.var(correction=0) / target.var(correction=0)
-            metrics["value/explained_variance"].append(explained.item())
+        self._tokens[mode].append(torch.stack([returns[mask], values[mask]]).cpu())
         for name, numbers in self._pending_metrics.items():  # what reward functions gave to `log_metric`
             metrics[name].extend(numbers)
         self._pending_metrics.clear()
+
+    def _log_spread(self, mode: str) -> None:
+        """What is not a mean: these two are of all completions since the last log, not means over batches."""
+        metrics = self._metrics[mode]
+        scores = torch.tensor(metrics.get("objective/scores", []))
+        scores = scores[~scores.isnan()]
+        if len(scores):
+            metrics["objective/scores_std"] = [scores.std(correction=0).item()]
+        if self._tokens[mode]:
+            returns, values = torch.cat(self._tokens[mode], dim=1)
+            self._tokens[mode].clear()
+            if len(returns) and returns.var(correction=0) > 0:
+                explained = 1 - (returns - values).var(correction=0) / returns.var(correction=0)
+                metrics["value/explained_variance"] = [explained.item()]
 
     def _adapt_kl_coef(self, kl: torch.Tensor) -> None:
         """[L] AdaptiveKLController: raise `beta` while the KL is over its target, lower it while it is under."""
@@ -607,6 +624,11 @@ class _StepCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._step = state.global_step * args.gradient_accumulation_steps
+        if state.global_step % self.trainer._steps_per_update:
+            logger.warning(
+                f"step {state.global_step} is inside a rollout of {self.trainer._steps_per_update} steps, whose "
+                f"completions are sampled anew; for an exact resume save at multiples of that (save_steps)"
+            )
         if args.save_completions:
             step = state.global_step
             self.trainer._files["train"].start(step)
@@ -654,24 +676,27 @@ def _each(dataset: Any, apply) -> Any:
     return apply(dataset, "eval_dataset")
 
 
-def _load(model: str, args: PPOConfig, quantization_config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _init_kwargs(args: PPOConfig, quantization_config) -> dict[str, Any]:
+    """What a base is loaded with: the config's, the trainer's quantisation, and on a GPU that one GPU."""
     kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
-    return load_policy(model, **kwargs)
+    if args.device.type == "cuda":  # TRL's default, "auto", would spread it over all of them
+        kwargs.setdefault("device_map", {"": args.device})
+    return kwargs
 
 
-def _check_arguments(model, args, functions, models, train_dataset, processing_class, optimizers) -> None:
+def _check_arguments(model, args, rewards, train_dataset, processing_class, optimizers) -> None:
     if not isinstance(model, str | torch.nn.Module):
         raise InputError(f"model: expected a folder, a hub id or a model, got {type(model).__name__}")
     if args is not None and not isinstance(args, PPOConfig):
         raise InputError(f"args: expected a PPOConfig, got {type(args).__name__}")
-    if not functions and not models:
+    if not rewards:
         raise InputError("nothing to learn from: give reward_model (what RewardTrainer saved) or reward_funcs")
-    for function in functions:
-        if not callable(function):
+    for reward in rewards:
+        if not callable(reward) and not is_model(reward):
             raise InputError(
-                f"reward_funcs: expected functions, reward models or their folders, got {type(function).__name__}"
+                f"reward_funcs: expected functions, reward models or their folders, got {type(reward).__name__}"
             )
     if train_dataset is None:
         raise InputError("train_dataset is missing; expected rows with the column 'prompt'")
@@ -681,17 +706,17 @@ def _check_arguments(model, args, functions, models, train_dataset, processing_c
         raise InputError("optimizers: the trainer builds its optimizer over two models; set optim and learning rates")
 
 
-def _check_process(args: PPOConfig, models: int, functions: int) -> None:
-    if args.world_size > 1:
+def _check_process(args: PPOConfig, rewards: int) -> None:
+    if args.world_size > 1 or args.n_gpu > 1:
         raise InputError(
-            f"PPOTrainer runs in one process, got {args.world_size}; launch with --num_processes 1, or show it one "
-            f"GPU with CUDA_VISIBLE_DEVICES=0"
+            f"PPOTrainer runs in one process on one GPU, got {args.world_size} processes with {args.n_gpu} GPUs each; "
+            f"launch with --num_processes 1 and show it one GPU with CUDA_VISIBLE_DEVICES=0"
         )
     weights = args.reward_weights
-    if weights is not None and len(weights) != models + functions:
+    if weights is not None and len(weights) != rewards:
         raise InputError(
-            f"reward_weights: expected {models + functions} numbers ({models} reward models, then {functions} "
-            f"functions), got {len(weights)}"
+            f"reward_weights: expected {rewards} numbers, those of reward_model first and then those of reward_funcs, "
+            f"got {len(weights)}"
         )
 
 

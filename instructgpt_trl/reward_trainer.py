@@ -230,7 +230,7 @@ class RewardTrainer(trl.RewardTrainer):
             # "eval_", or "eval_NAME_" with a dictionary of evaluation datasets, where TRL's names collide
             timed = [name.removesuffix("runtime") for name in logs if name.endswith("_runtime")]
             prefix = "" if mode == "train" else timed[0] if timed else "eval_"
-            metrics = _metrics(torch.cat(self._window[mode]).double().cpu())
+            metrics = _metrics(torch.cat(self._window[mode]).cpu().double())
             logs.update({f"{prefix}{name}": value for name, value in metrics.items()})
             self._window[mode].clear()
         super().log(logs, start_time)

@@ -1,6 +1,7 @@
 """What the three recipes share: arguments, rows, the end of a run. A mistake of the user's is one line everywhere."""
 
 import difflib
+import json
 import math
 import os
 import shlex
@@ -135,17 +136,27 @@ def read_and_split(args: DataArguments, config: TrainingArguments, kind: str) ->
     """The rows to train on, and those to evaluate on, if any."""
     rows, held_out = read(args, args.dataset, kind), read(args, args.eval_dataset, kind)
     if held_out is None and args.eval_fraction:
-        if not 0 < math.ceil(args.eval_fraction * len(rows)) < len(rows):
-            raise InputError(
-                f"eval_fraction={args.eval_fraction} of {len(rows)} rows: expected a number between 0 and 1 that "
-                f"leaves rows on both sides; correct it or give eval_dataset"
-            )
-        rows, held_out = rows.train_test_split(args.eval_fraction, seed=config.seed).values()
+        rows, held_out = split_by_prompt(rows, args.eval_fraction, config.seed)
     if held_out is None and config.eval_strategy != "no":
         raise InputError(
             f"eval_strategy={config.eval_strategy.value}: no rows for it; give eval_fraction or eval_dataset"
         )
     return rows, held_out
+
+
+def split_by_prompt(rows: Dataset, fraction: float, seed: int) -> list[Dataset]:
+    """Two parts, the second with `fraction` of the prompts: no prompt has rows in both."""
+    of_prompt: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):  # a pair that holds its prompt in both texts is a prompt of its own
+        of_prompt.setdefault(json.dumps(row["prompt"] or row, default=str), []).append(index)
+    groups = list(of_prompt.values())
+    if not 0 < math.ceil(fraction * len(groups)) < len(groups):
+        raise InputError(
+            f"eval_fraction={fraction} of {len(groups)} prompts: expected a number between 0 and 1 that leaves some "
+            f"on both sides; correct it or give eval_dataset"
+        )
+    parts = Dataset.from_dict({"group": range(len(groups))}).train_test_split(fraction, seed=seed)
+    return [rows.select([index for group in part["group"] for index in groups[group]]) for part in parts.values()]
 
 
 def final_evaluation(trainer: Trainer) -> dict[str, float]:

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # numbers are compared with those of a CPU
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 disable_progress_bar()
 torch.set_num_threads(1)
+torch.backends.mps.is_available = lambda: False
 
 # Like SmolLM2's: the turn ends at EOS, and the template puts a newline after it
 CHAT_TEMPLATE = (

@@ -294,6 +294,20 @@ def test_pitfall_06_completion_is_encoded_apart_and_ends_at_eos():
     assert encode_completion(tokenizer, "", "") == [EOS]
 
 
+@pytest.mark.parametrize("behind", ["\n", "\n<eos>", ""])
+def test_pitfall_06_completion_ends_where_the_templates_turn_ends(behind):
+    """As Gemma's (`<end_of_turn>`, newline) and Phi-3's (`<|end|>`, newline, EOS): the policy stops at the first."""
+    tokenizer, end = make_tokenizer(extra=("<end>",)), 258
+    start = "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<end>' }}{% endfor %}"
+    tokenizer.chat_template = start + "{{ '<assistant>' if add_generation_prompt else '" + behind + "' }}"
+    assert encode_completion(tokenizer, USER, ASSISTANT) == [*ids("ho"), end]
+    spaced = [{"role": "assistant", "content": "ho \n"}]
+    assert encode_completion(tokenizer, USER, spaced) == [*ids("ho \n"), end]
+    turns = [*ASSISTANT, *USER, {"role": "assistant", "content": "so"}]
+    expected = [*ids("ho"), end, *ids("<user>hi"), end, *ids("<assistant>so"), end]
+    assert encode_completion(tokenizer, USER, turns) == expected
+
+
 def test_completion_under_a_template_without_eos_gets_one():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + ';' }}{% endfor %}"

@@ -86,11 +86,38 @@ def test_pitfall_17_19_evaluation_means_are_over_completions(folders, tmp_path, 
         "eval_completions/mean_length": np.mean([len(completion) for _, completion in last]),
         "eval_completions/eos_rate": np.mean([completion[-1] == EOS for _, completion in last]),
         "eval_rewards/mean_id/mean": np.mean(scores),
+        "eval_objective/scores_std": np.std(scores),
     }
     assert all(len(logged(trainer, name)) == 2 for name in expected)
     for name, number in expected.items():
         assert logged(trainer, name)[-1] == pytest.approx(number, rel=1e-4, abs=1e-6), name
     assert abs(np.mean(kl)) > 1e-3
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_pitfall_19_explained_variance_of_an_evaluation_is_over_all_tokens(
+    folders, tmp_path, monkeypatch, prompts, heldout, size
+):
+    """Not a mean over batches, of which those of one completion may have hardly any variance."""
+    store_completions(monkeypatch)
+    trainer = trainer_of(folders, "sft", config(tmp_path, per_device_eval_batch_size=size), prompts, heldout)
+    rollout, rollouts = trainer.rollout, []
+
+    def kept(inputs):
+        rollouts.append(rollout(inputs))
+        return rollouts[-1]
+
+    monkeypatch.setattr(trainer, "rollout", kept)
+    with torch.no_grad():
+        trainer.roles.value.head.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+    metrics = trainer.evaluate()
+    returns, values = (
+        np.concatenate([r[name][r["mask"]].numpy() for r in rollouts]) for name in ("returns", "values")
+    )
+    assert len(rollouts) == -(-7 // size)
+    assert metrics["eval_value/explained_variance"] == pytest.approx(
+        1 - np.var(returns - values) / np.var(returns), rel=1e-5
+    )
 
 
 def test_evaluation_on_several_sets_and_with_several_completions(folders, tmp_path, monkeypatch, prompts, heldout):

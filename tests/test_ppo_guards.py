@@ -18,7 +18,7 @@ from ppo_helpers import (
 )
 from transformers import AutoModelForCausalLM, GenerationMixin
 
-from instructgpt_trl import PPOTrainer
+from instructgpt_trl import PPOConfig, PPOTrainer
 from instructgpt_trl.data import InputError
 
 CUT = {
@@ -266,6 +266,12 @@ def test_generation_that_would_change_the_shared_base_is_refused(folders, tmp_pa
         args = config(tmp_path, use_transformers_continuous_batching=True)
         args.bf16 = True  # which a config refuses without a GPU
         PPOTrainer(folders.base, reward_funcs=mean_id, args=args, train_dataset=prompts)
+
+
+def test_several_gpus_in_one_process_are_refused(folders, tmp_path, prompts, monkeypatch):
+    monkeypatch.setattr(PPOConfig, "n_gpu", 2)
+    with pytest.raises(InputError, match="on one GPU, got 1 processes with 2 GPUs each; .*CUDA_VISIBLE_DEVICES=0"):
+        with_function(folders.base, tmp_path, prompts)
 
 
 def test_images_are_refused(folders, tmp_path, prompts):

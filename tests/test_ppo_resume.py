@@ -1,5 +1,7 @@
 """Pitfall 11: a run that was stopped at the end of a rollout goes on as if it had not been."""
 
+import logging
+
 import pytest
 import torch
 from datasets import Dataset
@@ -99,6 +101,16 @@ def test_resume_continues_the_file_of_completions(folders, tmp_path, rows):
     for file in ("completions.jsonl", "eval_completions.jsonl"):
         straight, stopped = ((tmp_path / name / file).read_text("utf-8") for name in ("straight", "stopped"))
         assert straight == stopped and straight.count("\n") > 8, file
+
+
+@pytest.mark.parametrize("step, warned", [(2, False), (3, True)])
+def test_resuming_inside_a_rollout_is_warned_of(folders, tmp_path, rows, caplog, step, warned):
+    settings = dict(max_steps=4, save_strategy="steps", save_steps=1)
+    trainer_of(folders, "fresh", "full", config(tmp_path, **settings), rows).train()
+    logging.getLogger("transformers").propagate = True
+    resumed = trainer_of(folders, "fresh", "full", config(tmp_path, **settings), rows)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert (f"step {step} is inside a rollout of 2 steps" in caplog.text) == warned
 
 
 def test_resuming_another_set_up_is_refused(folders, tmp_path, rows):

@@ -133,16 +133,17 @@ def test_what_reward_trainer_saved(folders, tmp_path, prompts, rankings, demonst
 
 
 def test_reward_models_and_functions_are_summed_by_weight(folders, tmp_path, monkeypatch, prompts):
-    """Reward models first, whatever argument they came in; strings among `reward_funcs` are reward models."""
+    """`reward_model` first, then `reward_funcs` as they stand; strings among these are reward models."""
     batches = store_completions(monkeypatch)
 
     async def later(completion_ids, **kwargs):
         return [float(len(ids)) for ids in completion_ids]
 
     rewards = dict(reward_model=folders.reward_full, reward_funcs=[mean_id, folders.reward_adapter, later])
-    args = config(tmp_path, reward_weights=[1.0, 0.5, 10.0, -2.0])
+    args = config(tmp_path, reward_weights=[1.0, 10.0, 0.5, -2.0])
     trainer = PPOTrainer(model=folders.sft, args=args, train_dataset=prompts, **rewards)
     assert len(trainer.roles.rewards) == 2
+    assert trainer.reward_func_names == ["reward_model", "mean_id", "reward_model_1", "later"]
     metrics = scores_of(trainer, prompts)[1]
     full, adapter = folders.plain_reward("full"), folders.plain_reward("adapter")
     expected = []

@@ -275,3 +275,14 @@ def test_a_toy_with_a_known_answer(folders, tmp_path):
     assert sum(scores[:2]) / 2 < 0.05 and sum(scores[-2:]) / 2 > 0.75
     assert logged(trainer, "objective/kl")[-1] > 5  # it left the reference for it
     assert logged(trainer, "value/explained_variance")[-1] > 0.2  # and the value model saw it coming
+
+
+def test_a_reward_model_on_a_base_of_its_own_is_loaded_as_the_policy_is(folders, tmp_path, prompts):
+    args = config(tmp_path, model_init_kwargs={"dtype": "bfloat16"})
+    trainer = PPOTrainer(model=folders.sft, reward_model=folders.reward_full, args=args, train_dataset=prompts)
+    assert len({id(role.model) for role in trainer.roles}) == 2
+    for role in trainer.roles:
+        own = {p.dtype for name, p in role.network.named_parameters() if "lora_" not in name}
+        assert own == {torch.bfloat16}
+        assert role.head is None or role.head.weight.dtype == torch.float32
+    assert args.model_init_kwargs == {"dtype": "bfloat16"}

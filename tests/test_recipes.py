@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import make_llama, make_tokenizer
+from datasets import Dataset
 
 from instructgpt_trl import PPOConfig, RewardConfig, RewardModel, SFTConfig
 from instructgpt_trl.data import InputError
@@ -142,6 +143,35 @@ def test_conversational_rows_and_the_yaml_file_beside_this_one(base_dir, rows, t
     _, command = printed(capsys.readouterr().out)
     exec(command[2], {})
     assert "{'role': 'assistant', 'content'" in capsys.readouterr().out
+
+
+def test_what_is_held_out_shares_no_prompt_with_the_rest():
+    pairs = [{"prompt": f"p{i % 5}", "completions": [f"a{i}", "b"], "ranks": [1, 2]} for i in range(20)]
+    rows, held_out = common.split_by_prompt(Dataset.from_list(pairs), 0.4, seed=3)
+    assert len(set(rows["prompt"])) == 3 and len(set(held_out["prompt"])) == 2
+    assert len(rows) == 12 and not set(rows["prompt"]) & set(held_out["prompt"])
+    assert sorted(map(str, [*rows, *held_out])) == sorted(map(str, pairs))
+    whole = Dataset.from_list([{**pair, "prompt": ""} for pair in pairs])  # the prompt stands in both texts
+    assert [len(part) for part in common.split_by_prompt(whole, 0.4, seed=3)] == [12, 8]
+    single = Dataset.from_list([{"prompt": str(i)} for i in range(20)])
+    expected = single.train_test_split(0.25, seed=3)
+    assert [part["prompt"] for part in common.split_by_prompt(single, 0.25, seed=3)] == [
+        expected["train"]["prompt"],
+        expected["test"]["prompt"],
+    ]
+
+
+def test_accelerate_launch_of_ppo(folders, rows, tmp_path):
+    launch = [
+        *(sys.executable, "-m", "accelerate.commands.launch", str(RECIPES / "ppo_ptx.py")),
+        *("--model_name_or_path", folders.sft, "--reward_model", folders.reward_adapter),
+        *("--dataset", rows["PROMPTS.jsonl"], "--ptx_dataset", rows["TEXT.txt"], "--output_dir", str(tmp_path / "P")),
+        *TINY_PPO,
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "P" / "adapter_model.safetensors").is_file() and "2/2" in result.stderr
 
 
 def sft_flags(base_dir, rows, output_dir) -> list[str]:
@@ -290,8 +320,8 @@ BAD_ARGUMENTS = {
         [],
         "eval_strategy=epoch: no rows for it; give eval_fraction or",
     ),
-    "a share above 1": ("eval_fraction: 2", [], "eval_fraction=2 of 4 rows: expected a number between 0 and 1"),
-    "a share that leaves nothing": ("eval_fraction: 0.9", [], "eval_fraction=0.9 of 4 rows: expected a number betwe"),
+    "a share above 1": ("eval_fraction: 2", [], "eval_fraction=2 of 4 prompts: expected a number between 0 and 1"),
+    "a share that leaves nothing": ("eval_fraction: 0.9", [], "eval_fraction=0.9 of 4 prompts: expected a number b"),
     "no checkpoint of that name": (
         "resume_from_checkpoint: nowhere",
         [],

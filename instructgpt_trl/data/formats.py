@@ -246,8 +246,9 @@ def encode_completion(
     tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text, **template_kwargs: Any
 ) -> list[int]:
     """
-    Token ids of a completion, encoded apart from its prompt and ending at EOS; what a chat template puts after the
-    last EOS is cut, since the policy stops there.
+    Token ids of a completion, encoded apart from its prompt and ending where the policy stops: at EOS, or at the
+    special token that ends a turn under the chat template (Gemma's `<end_of_turn>`). What the template puts behind
+    it is cut.
 
     Raises:
         [`InputError`]: the tokenizer has no EOS token, or the template rewrites the prompt once an answer follows.
@@ -268,9 +269,20 @@ def encode_completion(
             "cannot be encoded apart; use a template that only appends"
         )
     ids = list(tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"])
-    if eos in ids:
-        return ids[: len(ids) - ids[::-1].index(eos)]
-    return [*ids, eos]
+    end = _turn_end(tokenizer, ids)
+    return [*ids, eos] if end is None else ids[: end + 1]
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int | None:
+    """Where a turn ends: the first special token of the special tokens and white space that `ids` end with."""
+    added = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special, end = added | set(tokenizer.all_special_ids), None
+    for index in range(len(ids) - 1, -1, -1):
+        if ids[index] in special:
+            end = index
+        elif tokenizer.decode(ids[index : index + 1]).strip():
+            break
+    return end
 
 
 def pack_texts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:

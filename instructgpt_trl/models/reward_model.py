@@ -206,7 +206,7 @@ class RewardModel:
                 input_ids, mask = _pad([rows[index] for index in batch], self.tokenizer.pad_token_id or 0)
                 device = self.model.device
                 outputs = self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False)
-                scores[batch] = outputs.logits.squeeze(-1).double().cpu()
+                scores[batch] = outputs.logits.squeeze(-1).cpu().double()  # MPS has no float64
         return scores
 
 
@@ -287,9 +287,10 @@ class RewardParts:
         return network.requires_grad_(False).eval()
 
 
-def reward_parts(source: "str | RewardModel | PreTrainedModel | PeftModel") -> RewardParts:
+def reward_parts(source: "str | RewardModel | PreTrainedModel | PeftModel", **kwargs: Any) -> RewardParts:
     """
-    Take a reward model apart, from its folder without loading a base, or from an object.
+    Take a reward model apart, from its folder without loading a base, or from an object. `kwargs` go to
+    `from_pretrained` of its tokenizer.
 
     Raises:
         [`InputError`]: the folder holds no reward model, or its head is missing.
@@ -300,13 +301,15 @@ def reward_parts(source: "str | RewardModel | PreTrainedModel | PeftModel") -> R
         name = get_config_model_id(source.config)
         if not name:
             raise InputError("the reward model was made in memory; pass RewardModel(model, tokenizer) instead")
-        return _parts_of_object(RewardModel(source, load_tokenizer(name)))
+        return _parts_of_object(RewardModel(source, load_tokenizer(name, **kwargs)))
     saved = read_reward_config(source)
     if not is_adapter(source):
         weight, head_bias = _read_head(source)
-        return RewardParts(None, None, weight, saved["bias"] + head_bias, None, load_tokenizer(source), path=source)
+        return RewardParts(
+            None, None, weight, saved["bias"] + head_bias, None, load_tokenizer(source, **kwargs), path=source
+        )
     config, state = read_adapter(source)
-    tokenizer = load_tokenizer(source, adapter_base(source))
+    tokenizer = load_tokenizer(source, adapter_base(source), **kwargs)
     return _adapter_parts(config, state, saved["bias"], adapter_base(source), tokenizer, path=source)
 
 

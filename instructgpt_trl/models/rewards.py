@@ -12,12 +12,15 @@ from .reward_model import RewardModel
 from .roles import Role
 
 
-def split_rewards(reward_funcs: Any, reward_model: Any) -> tuple[list, list]:
-    """Plain functions, and reward models (those among `reward_funcs` behind those of `reward_model`)."""
+def all_rewards(reward_funcs: Any, reward_model: Any) -> list:
+    """Whatever rewards, in the order of `reward_weights`: that of `reward_model`, then that of `reward_funcs`."""
     listed = [x if isinstance(x, list) else [x] for x in (reward_model, reward_funcs) if x is not None]
-    rewards = [_as_string(reward) for group in listed for reward in group]
-    models = [reward for reward in rewards if isinstance(reward, str | RewardModel | torch.nn.Module)]
-    return [reward for reward in rewards if not any(reward is model for model in models)], models
+    return [_as_string(reward) for group in listed for reward in group]
+
+
+def is_model(reward: Any) -> bool:
+    """Whether a reward is a reward model: a folder, an object or a network."""
+    return isinstance(reward, str | RewardModel | torch.nn.Module)
 
 
 def _as_string(path: Any) -> Any:
@@ -30,11 +33,11 @@ class ModelReward:
 
     Args:
         trainer: the `PPOTrainer`, which runs roles in its micro-batches and stops at what is not finite.
-        name (`str`): what logs call it.
     """
 
-    def __init__(self, trainer: Any, name: str):
-        self.trainer, self.__name__ = trainer, name
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.__name__ = "reward_model"  # what logs call it
         self.role: Role | None = None  # set once the roles are built
 
     def __call__(self, prompt_ids: list[list[int]], completion_ids: list[list[int]], **kwargs) -> list[float]:

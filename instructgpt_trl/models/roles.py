@@ -157,6 +157,7 @@ def build_roles(
     peft_config: PeftConfig | None = None,
     temperature: float = 1.0,
     with_reference: bool = True,
+    **kwargs,
 ) -> Roles:
     """
     Put the four roles together around a policy that is ready to train.
@@ -172,11 +173,12 @@ def build_roles(
         peft_config (`PeftConfig`, *optional*): shape of the value adapter where the reward model has none.
         temperature (`float`): sampling temperature, for the reference's log-probs.
         with_reference (`bool`): whether there is a KL penalty.
+        kwargs: passed to `from_pretrained` of a reward model's own base.
     """
     peft = isinstance(policy, PeftModel)
     policy_role = Role(policy, "default" if peft else None)
     reference = _reference(policy, temperature) if with_reference else None
-    reward_roles = [_reward(policy, parts, index) for index, parts in enumerate(rewards)]
+    reward_roles = [_reward(policy, parts, index, kwargs) for index, parts in enumerate(rewards)]
     if reward_roles:
         value = _value_from_reward(reward_roles[0], peft_config or (policy.peft_config["default"] if peft else None))
     else:
@@ -205,13 +207,13 @@ def _reference(policy: Network, temperature: float) -> Role:
     return Role(network)
 
 
-def _reward(policy: Network, parts: RewardParts, index: int) -> Role:
+def _reward(policy: Network, parts: RewardParts, index: int, kwargs: dict) -> Role:
     head = _head(parts.head_weight, parts.bias)
     name = f"reward_{index}" if index else "reward"
     if isinstance(policy, PeftModel) and parts.config is not None and _on_base_of(policy, parts.base):
         _add_adapter(policy, name, parts.config, parts.state)
         return Role(policy, name, head)
-    network = parts.load_network()
+    network = parts.load_network(**kwargs)
     if isinstance(network, PeftModel):
         return Role(network, network.active_adapter, head)
     return Role(network.base_model, None, head)

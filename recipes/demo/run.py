@@ -110,6 +110,7 @@ class Run:
             "save_strategy": "no",
             "logging_steps": 5,
             "disable_tqdm": True,
+            "use_cpu": True,  # the same numbers everywhere; a GPU is no faster at a million parameters
             "dataloader_pin_memory": False,
         }
 
