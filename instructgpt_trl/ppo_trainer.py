@@ -32,6 +32,7 @@ from ._trl import add_fused_lm_head, get_config_model_id, preserved_rng
 from .data import InputError, check_output_dir, check_rows, check_tokenizers, encode_prompt
 from .data.completions import CompletionsFile
 from .data.episodes import Episodes, pad_episodes, take_rows
+from .data.formats import turn_end
 from .data.pretraining import PretrainingStream, as_episodes
 from .data.prompts import check_prompts, drop_long_prompts
 from .functional import gae, policy_loss, token_rewards, value_loss, whiten
@@ -55,6 +56,8 @@ logger = logging.get_logger(__name__)
 VALUE_FILE = "value_model.safetensors"
 _REWARD_ARGUMENTS = ("prompts", "completions")  # TRL's own; columns of these names cannot be passed to functions
 STATE_FILE = "ppo_state.json"
+# Of `model_init_kwargs`, what a reward model on a base of its own does not get; its quantisation is in its folder
+_OF_THE_POLICY = ("revision", "code_revision", "subfolder", "variant", "gguf_file", "quantization_config")
 _GRADIENTS = {
     "grad_norm/policy": "the policy's",
     "grad_norm/ptx": "the pretraining",
@@ -178,14 +181,27 @@ class PPOTrainer(RLOOTrainer):
                     peft_config=new_adapter,
                 )
             self.beta = beta
+            self._stop_at_turn_end()
             names = self.reward_func_names
             seen = [names[:i].count(name) for i, name in enumerate(names)]
             self.reward_func_names = [f"{name}_{n}" if n else name for name, n in zip(names, seen, strict=True)]
-            kwargs.pop("revision", None)  # of the policy
+            for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True):
+                function.__name__ = name
+            for name in _OF_THE_POLICY:
+                kwargs.pop(name, None)
             self._set_up_roles(parts, peft_config, kwargs)
             self._set_up_state(ptx_dataset)
 
     # Set-up
+
+    def _stop_at_turn_end(self) -> None:
+        """Answers to conversations end where those of the reward model's training end, whatever the model's config."""
+        if isinstance(next(iter(self.train_dataset), {"prompt": ""})["prompt"], str):
+            return
+        end = turn_end(self._tokenizer, **self.chat_template_kwargs)
+        if end is not None and end not in self.eos_token_ids:
+            self.eos_token_ids = [*self.eos_token_ids, end]
+            self.generation_config.eos_token_id = self.eos_token_ids
 
     def _set_up_roles(self, parts: list, peft_config: PeftConfig | None, kwargs: dict[str, Any]) -> None:
         has_reference = self.beta != 0

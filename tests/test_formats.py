@@ -294,6 +294,15 @@ def test_pitfall_06_completion_is_encoded_apart_and_ends_at_eos():
     assert encode_completion(tokenizer, "", "") == [EOS]
 
 
+def test_a_special_token_before_the_turns_end_does_not_end_it():
+    """As tool calls of LFM2 (`<|tool_call_end|><|im_end|>`) and answers of Command R7B."""
+    tokenizer = make_tokenizer(extra=("<tool>",))
+    called = [{"role": "assistant", "content": "f()<tool>"}]
+    assert encode_completion(tokenizer, USER, called) == [*ids("f()"), 258, EOS]
+    inside = [{"role": "assistant", "content": "<tool> f"}]
+    assert encode_completion(tokenizer, USER, inside) == [258, *ids(" f"), EOS]
+
+
 @pytest.mark.parametrize("behind", ["\n", "\n<eos>", ""])
 def test_pitfall_06_completion_ends_where_the_templates_turn_ends(behind):
     """As Gemma's (`<end_of_turn>`, newline) and Phi-3's (`<|end|>`, newline, EOS): the policy stops at the first."""

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from conftest import make_llama, make_tokenizer
 from datasets import Dataset
 from ppo_helpers import (
     EOS,
@@ -13,13 +14,13 @@ from ppo_helpers import (
     mean_id,
     plain_policy,
     store_completions,
-    trainer_of,
     with_function,
 )
 from transformers import AutoModelForCausalLM, GenerationMixin
 
 from instructgpt_trl import PPOConfig, PPOTrainer
-from instructgpt_trl.data import InputError
+from instructgpt_trl.data import InputError, as_conversations
+from instructgpt_trl.data.episodes import last_token
 
 CUT = {
     "min_new_tokens": 5,
@@ -108,6 +109,26 @@ def test_every_eos_of_the_model_ends_a_completion(folders, tmp_path, monkeypatch
     assert 0 < int(episodes["ended"].sum()) < 64
 
 
+@pytest.mark.parametrize("conversational", [True, False])
+def test_pitfall_06_the_policy_stops_where_the_templates_turn_ends(tmp_path, prompts, conversational):
+    """As a base model under ChatML, whose own EOS is another token: the reward model's rows end at the turn's end."""
+    tokenizer, end = make_tokenizer(extra=("<end>",)), 258
+    tokenizer.chat_template = tokenizer.chat_template.replace("<eos>", "<end>")
+    rows = as_conversations(prompts) if conversational else prompts
+    args = config(tmp_path, max_completion_length=60)
+    model = make_llama(vocab=259)
+    trainer = PPOTrainer(model, mean_id, args=args, train_dataset=rows, processing_class=tokenizer)
+    trainer.model.train()
+    episodes, _ = trainer._sample([rows[0]] * 64)
+    ids = episodes["input_ids"][0, : episodes["prompt_lengths"][0]].tolist()
+    assert (end in ids) == conversational
+    stops = [EOS, end] if conversational else [EOS]
+    last = episodes["input_ids"].gather(1, last_token(episodes)[:, None])[:, 0]
+    assert torch.equal(episodes["ended"], torch.isin(last, torch.tensor(stops)))
+    ends = (last == end).sum().item()
+    assert ends > 3 if conversational else ends == 0
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("clip", [None, (-1.0, 1.0)])
 def test_pitfall_18_a_score_that_is_no_number_stops_the_run(folders, tmp_path, monkeypatch, prompts, value, clip):
@@ -133,12 +154,14 @@ def test_pitfall_18_an_asynchronous_function_too(folders, tmp_path, monkeypatch,
         with_function(folders.base, tmp_path, prompts, reward).train()
 
 
-def test_pitfall_18_a_reward_model_that_says_nan_stops_the_run(folders, tmp_path, monkeypatch, prompts):
+@pytest.mark.parametrize("index, name", [(0, "reward_model"), (1, "reward_model_1")])
+def test_pitfall_18_a_reward_model_that_says_nan_stops_the_run(folders, tmp_path, monkeypatch, prompts, index, name):
     store_completions(monkeypatch)
-    trainer = trainer_of(folders, "sft", "adapter", config(tmp_path), prompts)
+    rewards = [folders.reward_adapter, folders.reward_full]
+    trainer = PPOTrainer(folders.sft, reward_model=rewards, args=config(tmp_path), train_dataset=prompts)
     with torch.no_grad():
-        trainer.roles.rewards[0].head.weight.fill_(float("nan"))
-    with pytest.raises(RuntimeError, match="step 0.*score"):
+        trainer.roles.rewards[index].head.weight.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match=f"step 0: a score of '{name}' is NaN"):
         trainer.train()
 
 

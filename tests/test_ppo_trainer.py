@@ -277,12 +277,16 @@ def test_a_toy_with_a_known_answer(folders, tmp_path):
     assert logged(trainer, "value/explained_variance")[-1] > 0.2  # and the value model saw it coming
 
 
-def test_a_reward_model_on_a_base_of_its_own_is_loaded_as_the_policy_is(folders, tmp_path, prompts):
-    args = config(tmp_path, model_init_kwargs={"dtype": "bfloat16"})
-    trainer = PPOTrainer(model=folders.sft, reward_model=folders.reward_full, args=args, train_dataset=prompts)
-    assert len({id(role.model) for role in trainer.roles}) == 2
+@pytest.mark.parametrize("policy", ["sft", "full"])
+def test_a_reward_model_on_a_base_of_its_own_is_loaded_as_the_policy_is(folders, tmp_path, prompts, policy):
+    """But for a value model that is trained in full: it is float32. What names a part of the policy's folder stays."""
+    kwargs = {"dtype": "bfloat16", "revision": "main", "subfolder": ""}
+    args = config(tmp_path, model_init_kwargs=kwargs)
+    trainer = trainer_of(folders, policy, "full", args, prompts)
+    assert len({id(role.model) for role in trainer.roles}) == (4 if policy == "full" else 2)
     for role in trainer.roles:
         own = {p.dtype for name, p in role.network.named_parameters() if "lora_" not in name}
-        assert own == {torch.bfloat16}
+        in_full = policy == "full" and role is trainer.roles.value
+        assert own == {torch.float32 if in_full else torch.bfloat16}
         assert role.head is None or role.head.weight.dtype == torch.float32
-    assert args.model_init_kwargs == {"dtype": "bfloat16"}
+    assert args.model_init_kwargs == kwargs

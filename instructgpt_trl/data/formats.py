@@ -7,6 +7,7 @@ A mistake in the input raises [`InputError`] with one line: where it is, what wa
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -268,21 +269,27 @@ def encode_completion(
             "the chat template renders the prompt differently once an answer follows it, so prompt and completion "
             "cannot be encoded apart; use a template that only appends"
         )
-    ids = list(tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"])
-    end = _turn_end(tokenizer, ids)
-    return [*ids, eos] if end is None else ids[: end + 1]
+    answer, has_end = _until_turn_end(tokenizer, whole[len(before) :])
+    ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    return ids if has_end else [*ids, eos]
 
 
-def _turn_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int | None:
-    """Where a turn ends: the first special token of the special tokens and white space that `ids` end with."""
-    added = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    special, end = added | set(tokenizer.all_special_ids), None
-    for index in range(len(ids) - 1, -1, -1):
-        if ids[index] in special:
-            end = index
-        elif tokenizer.decode(ids[index : index + 1]).strip():
-            break
-    return end
+def _until_turn_end(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, bool]:
+    """
+    A rendered answer up to the special tokens that end its turn, and whether there are any. What comes behind them,
+    white space and further special tokens (Phi-3's newline and EOS), belongs to the template.
+    """
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special = "|".join(re.escape(token) for token in added | set(tokenizer.all_special_tokens))
+    end = re.search(rf"((?:{special})+)(?:\s|{special})*$", text) if special else None
+    return (text, False) if end is None else (text[: end.end(1)], True)
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase, **template_kwargs: Any) -> int | None:
+    """The token that ends an answer under the chat template; `None` without a template."""
+    if not tokenizer.chat_template:
+        return None
+    return encode_completion(tokenizer, [{"role": "user", "content": "a"}], "b", **template_kwargs)[-1]
 
 
 def pack_texts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:

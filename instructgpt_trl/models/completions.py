@@ -6,6 +6,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.formats import turn_end
+
 
 def greedy_completions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[list[int]], max_new_tokens: int
@@ -48,7 +50,7 @@ def _until(ids: list[int], ends: set[int]) -> list[int]:
 
 
 def greedy_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
-    """The model's own generation config, but greedy, and ending at the tokenizer's EOS as well as at its own."""
+    """The model's own generation config, but greedy, and ending at the tokenizer's EOS and turn end too."""
     config = copy.deepcopy(model.generation_config)
     own = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     config.update(
@@ -61,6 +63,6 @@ def greedy_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ma
         max_length=None,
         use_cache=True,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        eos_token_id=sorted({token for token in (*own, tokenizer.eos_token_id) if token is not None}),
+        eos_token_id=sorted({*own, tokenizer.eos_token_id, turn_end(tokenizer)} - {None}),
     )
     return config

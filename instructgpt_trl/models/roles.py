@@ -237,7 +237,7 @@ def _value_from_reward(reward: Role, peft_config: PeftConfig | None) -> Role:
         _add_adapter(reward.network, "value", _plain(reward.network.peft_config[reward.adapter]), _without_head(state))
         return Role(reward.network, "value", head)
     if peft_config is None:
-        return Role(copy.deepcopy(reward.network), None, head)
+        return Role(copy.deepcopy(reward.network).float(), None, head)  # bfloat16 loses steps of 9e-6
     # A fresh adapter changes nothing yet, so the value model equals the reward model, which is the base without it
     config = replace(_plain(peft_config), task_type=None, base_model_name_or_path=None)
     network = get_peft_model(reward.network, config, adapter_name="value")
