@@ -22,8 +22,9 @@ class SFTConfig(trl.SFTConfig):
             Probability of dropping from what each attention and feed-forward block adds to the residual stream, while
             training [3.5, C.1]. Sets the architecture's own residual dropout, or adds one where it has none. `0`
             leaves the model as it is, its own dropout included. The paper's value is for GPT-3; a model that was
-            pretrained without dropout may not stand it (SmolLM2-135M: 2.6 nats a token become 9.2 in training mode at
-            0.2, 2.65 at 0.01), so compare the training loss with `eval_loss`.
+            pretrained without dropout may not stand it (SmolLM2-135M-Instruct, 24 demonstrations, three seeds: 2.2
+            nats a token become 2.3 to 2.4 in training mode at 0.01, 10.6 to 12.0 at 0.2), so compare the training loss
+            with `eval_loss`.
         pretraining_fraction (`float`, *optional*, defaults to `0.1`):
             Share of pretraining blocks among all training examples [C.3]. Used only with a `pretraining_dataset`; `0`
             mixes nothing in.
