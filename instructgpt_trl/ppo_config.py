@@ -51,6 +51,9 @@ class PPOConfig(RLOOConfig):
             Adapt `beta` so that `objective/kl` stays near this many nats [L]; `None` keeps it fixed [P C.4].
         kl_horizon (`int`, *optional*, defaults to `10000`):
             Episodes over which an adaptive `beta` reacts [L].
+        generation_micro_batch_size (`int` or `None`, *optional*):
+            Completions sampled at a time; `None` samples a rollout at once. Fewer need less memory for the key-value
+            cache and more time.
         save_completions (`bool`, *optional*, defaults to `True`):
             Append every completion with its score and KL to `completions.jsonl` in the output folder, those of
             evaluations to `eval_completions.jsonl`.
@@ -85,6 +88,7 @@ class PPOConfig(RLOOConfig):
     missing_eos_score: float | None = field(default=None, metadata={"help": "Score of a completion without EOS."})
     kl_target: float | None = field(default=None, metadata={"help": "Target KL of an adaptive beta, in nats."})
     kl_horizon: int = field(default=10_000, metadata={"help": "Episodes over which an adaptive beta reacts."})
+    generation_micro_batch_size: int | None = field(default=None, metadata={"help": "Completions sampled at a time."})
     save_completions: bool = field(default=True, metadata={"help": "Write completions.jsonl, eval_completions.jsonl."})
 
     def __post_init__(self):
@@ -108,9 +112,9 @@ class PPOConfig(RLOOConfig):
         for name in ("cliprange_value", "epsilon", "ptx_ratio", "kl_horizon", "max_completion_length"):
             if not (getattr(self, name) or 0) > 0:
                 raise InputError(f"{name}={getattr(self, name)}: expected more than 0")
-        for name, least in (("max_prompt_length", 1), ("ptx_max_length", 2)):
+        for name, least in (("max_prompt_length", 1), ("ptx_max_length", 2), ("generation_micro_batch_size", 1)):
             if getattr(self, name) is not None and getattr(self, name) < least:
-                raise InputError(f"{name}={getattr(self, name)}: expected at least {least} tokens, or None")
+                raise InputError(f"{name}={getattr(self, name)}: expected at least {least}, or None")
         if self.kl_target is not None and not (self.kl_target > 0 and self.beta > 0):
             raise InputError(
                 f"kl_target={self.kl_target} with beta={self.beta}: expected both above 0; beta is what adapts, leave "

@@ -38,6 +38,7 @@ from .data.prompts import check_prompts, drop_long_prompts
 from .functional import gae, policy_loss, token_rewards, value_loss, whiten
 from .models.ema import EMA
 from .models.guards import stop_unless_finite
+from .models.limits import RowLimit
 from .models.loading import context_length, float32_adapters, load_policy, load_tokenizer, warn_beyond_context
 from .models.reward_model import reward_parts
 from .models.rewards import ModelReward, all_rewards, finite_reward, is_model
@@ -232,6 +233,13 @@ class PPOTrainer(RLOOTrainer):
         self._episodes: Episodes | None = None
         self._order: torch.Tensor | None = None
         self._sums: dict[str, float] = defaultdict(float)
+        at_once = max(args.generation_batch_size, args.per_device_eval_batch_size)
+        self._limits = {
+            "generate": RowLimit(args.generation_micro_batch_size or at_once, "sampling"),
+            "train": RowLimit(args.per_device_train_batch_size, "a training pass"),
+            "eval": RowLimit(args.per_device_eval_batch_size, "an evaluation pass"),
+        }
+        self._begun = 0  # rows at a time that this minibatch's gradients were begun with
         # (2, tokens) returns and values of each rollout since the last log
         self._tokens: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
         self._evaluated = ""  # name of the evaluation set, where there are several
@@ -321,8 +329,8 @@ class PPOTrainer(RLOOTrainer):
         return {**episodes, "logprobs": logprobs, "values": values, "advantages": advantages, "returns": returns}
 
     def run_role(self, role: Role, method: str, episodes: Episodes) -> list[torch.Tensor]:
-        size = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
-        return role.evaluate(getattr(role, method), episodes, size)
+        limit = self._limits["train" if self.model.training else "eval"]
+        return limit.run(lambda rows: role.evaluate(getattr(role, method), episodes, rows), len(episodes["mask"]))
 
     def _sample(self, inputs: list[dict[str, Any]]) -> tuple[Episodes, list[dict[str, Any]]]:
         prompt_ids, completion_ids, completions = self._generate([row["prompt"] for row in inputs])
@@ -381,20 +389,12 @@ class PPOTrainer(RLOOTrainer):
         model.train()
         self.roles.value.network.train()
         accumulation = self.args.gradient_accumulation_steps
-        batch = self._prepare_inputs(inputs)
-        if self._step % accumulation == 0:
-            for parameter in self._value_parameters.values():  # the loop zeroes the policy's network only
-                parameter.grad = None
-        micro_batch = self._step % self.args.steps_per_generation
-        minibatch = self._rows_of(micro_batch // accumulation * accumulation, accumulation)
-        share = batch["mask"].sum() / self._episodes["mask"][minibatch].sum().clamp(min=1)
-        loss = self._policy_backward(batch, share) + self._value_backward(batch, share)
+        self._prepare_inputs(inputs)
+        loss = self._limits["train"].run(self._accumulate)
         self._step += 1
         last = self._step % accumulation == 0
         if last:
-            if self._ptx_stream is not None:
-                loss = loss + self._ptx_backward(len(minibatch) * self.args.ptx_ratio)
-            else:
+            if self._ptx_stream is None:
                 self._sums["grad_norm/policy"] = self._norm(self._policy_parameters)
             self._sums["grad_norm/value"] = self._norm(self._value_parameters)
             self.stop_unless_finite(loss, "the loss")
@@ -409,6 +409,32 @@ class PPOTrainer(RLOOTrainer):
         if last:
             self._metrics["train"]["step_time"].append(self._current_train_step_time)
             self._current_train_step_time = 0.0
+        return loss
+
+    def _accumulate(self, rows: int) -> torch.Tensor:
+        """
+        Add the gradient of this micro-batch, `rows` at a time; of the whole minibatch so far where it was begun with
+        more rows, which did not fit. The gradient is the same, whatever `rows` is.
+        """
+        accumulation = self.args.gradient_accumulation_steps
+        done = self._step % accumulation
+        start = self._step % self.args.steps_per_generation - done
+        todo = [done]
+        if done == 0 or rows != self._begun:
+            self._begun, todo = rows, list(range(done + 1))
+            self._sums.clear()
+            for parameter in (*self._policy_parameters.values(), *self._value_parameters.values()):
+                parameter.grad = None
+        minibatch = self._rows_of(start, accumulation)
+        tokens = self._episodes["mask"][minibatch].sum().clamp(min=1)
+        for micro_batch in todo:
+            loss = torch.zeros((), device=tokens.device)
+            for some in self._rows_of(start + micro_batch, 1).split(rows):
+                batch = take_rows(self._episodes, some)
+                share = batch["mask"].sum() / tokens
+                loss = loss + self._policy_backward(batch, share) + self._value_backward(batch, share)
+        if done == accumulation - 1 and self._ptx_stream is not None:
+            loss = loss + self._ptx_backward(len(minibatch) * self.args.ptx_ratio, rows)
         return loss
 
     def _policy_backward(self, batch: Episodes, share: torch.Tensor) -> torch.Tensor:
@@ -439,12 +465,11 @@ class PPOTrainer(RLOOTrainer):
         self._add("value/clipfrac", _mean(used.float()) * share)
         return self.args.vf_coef * loss.detach()
 
-    def _ptx_backward(self, count: int) -> torch.Tensor:
-        """`ptx_coef` times the mean loss a token over `count` pretraining blocks, a micro-batch at a time."""
+    def _ptx_backward(self, count: int, size: int) -> torch.Tensor:
+        """`ptx_coef` times the mean loss a token over `count` pretraining blocks, `size` at a time."""
         policy = {name: None if p.grad is None else p.grad.clone() for name, p in self._policy_parameters.items()}
         blocks = self._ptx_stream.take(self.state.global_step * count, count)
         tokens = sum(len(block) - 1 for block in blocks)
-        size = self.args.per_device_train_batch_size
         total = torch.zeros((), device=self.accelerator.device)
         with self.roles.policy.active():
             for start in range(0, count, size):
@@ -456,8 +481,9 @@ class PPOTrainer(RLOOTrainer):
                 total += loss.detach()
         self._add("loss/ptx", total)
         self._sums["grad_norm/policy"] = self._norm(policy)
-        added = {name: _difference(p.grad, policy[name]) for name, p in self._policy_parameters.items()}
-        self._sums["grad_norm/ptx"] = self._norm(added)
+        # A difference at a time: those of all weights are as large as the model
+        added = [_norm_of_difference(p.grad, policy[name]) for name, p in self._policy_parameters.items()]
+        self._sums["grad_norm/ptx"] = self._norm(dict(enumerate(added)))
         return self.args.ptx_coef * total
 
     def _clip_grad_norm(self, model) -> torch.Tensor:
@@ -501,7 +527,15 @@ class PPOTrainer(RLOOTrainer):
         # `generate` fills what the trainer's config leaves open from the model's own, which may cut the distribution
         with self.roles.policy.active(), _restored(self.roles.policy.model, "generation_config"):
             self.roles.policy.model.generation_config = GenerationConfig()
-            completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+            sample = super()._generate_single_turn
+            completion_ids = self._limits["generate"].run(
+                lambda rows: [
+                    ids
+                    for start in range(0, len(prompt_ids), rows)
+                    for ids in sample(prompt_ids[start : start + rows], images, multimodal_fields)
+                ],
+                there=len(prompt_ids),
+            )
         if any(len(ids) == 0 for ids in completion_ids):
             raise RuntimeError(f"step {self.state.global_step}: an empty completion; check the generation settings")
         if self.model.training and all(ids[0] in self.eos_token_ids for ids in completion_ids):
@@ -675,8 +709,8 @@ def _mean(x: torch.Tensor) -> torch.Tensor:
     return x.mean() if x.numel() else x.new_zeros(())
 
 
-def _difference(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
-    return a if b is None or a is None else a - b
+def _norm_of_difference(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    return None if a is None else torch.linalg.vector_norm(a if b is None else a - b)
 
 
 def _name_of(model: Any) -> str:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .._trl import add_fused_lm_head, disable_dropout_in_model, get_config_model_id
+from .._trl import add_fused_lm_head, disable_dropout_in_model, get_config_model_id, lm_head_tiles
 from ..data import InputError
 from ..data.episodes import Episodes, attention_mask, before_tokens, completion_labels, last_token, take_rows
 from .loading import holds_weights_of, same_base
@@ -99,7 +99,7 @@ class Role:
         (b, t) log-probs of the completion's tokens, and (b, t) entropies of the distributions they come from, in nats.
         They come from TRL's fused head, which holds one chunk of logits at a time.
         """
-        with self.autocast():
+        with self.autocast(), lm_head_tiles(batch["input_ids"].device):
             out = (model or self.model)(
                 input_ids=batch["input_ids"],
                 attention_mask=attention_mask(batch),
