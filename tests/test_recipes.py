@@ -391,7 +391,9 @@ def recipe_of(file: Path) -> str:
 
 
 def parse(recipe: str, argv: list[str]):
-    return common.parse_arguments(argv, MAIN[recipe].Arguments, CONFIG[recipe], "runs")
+    return common.parse_arguments(
+        argv, (MAIN[recipe].Arguments, CONFIG[recipe], common.ModelConfig), output_dir="runs"
+    )
 
 
 def test_there_is_a_file_for_every_recipe():

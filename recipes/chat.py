@@ -1,0 +1,116 @@
+r"""
+Talk in the terminal to a model that sft.py or ppo_ptx.py wrote, or to any causal language model.
+
+    python recipes/chat.py --model_name_or_path runs/ppo_ptx --reward_model runs/reward
+
+With a chat template the whole conversation is the prompt, without one the last line alone. `/new` starts afresh,
+`/quit` or Ctrl-D ends, Ctrl-C ends an answer. With `--reward_model` each answer is followed by its score. Flags of
+`trl.ModelConfig` (`--load_in_4bit`, `--dtype`) count as in sft.py.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from common import ModelArguments, load_model, parse_model, run
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+
+from instructgpt_trl import RewardModel
+from instructgpt_trl.data import InputError, encode_prompt
+
+
+@dataclass(kw_only=True)
+class Arguments(ModelArguments):
+    """Flags of this recipe besides those of `trl.ModelConfig`."""
+
+    reward_model: str | None = field(default=None, metadata={"help": "Folder of a reward model that scores answers."})
+    system: str | None = field(default=None, metadata={"help": "System message that starts a conversation."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer in tokens."})
+    temperature: float = field(default=0.7, metadata={"help": "Sampling temperature; 0 is greedy."})
+    top_p: float = field(default=0.95, metadata={"help": "Share of the probability to sample from."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
+
+
+Message = dict[str, str]
+
+
+def answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message], args: Arguments
+) -> str:
+    """Sample an answer, printed as it comes; Ctrl-C keeps what there is of it."""
+    ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+    streamer = _Kept(tokenizer)
+    try:
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=args.max_new_tokens,
+            streamer=streamer,
+            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            eos_token_id=_ends(model, tokenizer),
+            **(sampling if args.temperature > 0 else {"do_sample": False, "temperature": None, "top_p": None}),
+        )
+    except KeyboardInterrupt:
+        streamer.end()
+    return streamer.text
+
+
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    own = model.generation_config.eos_token_id
+    return sorted({*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None})
+
+
+class _Kept(TextStreamer):
+    """Prints text as it comes and keeps it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.text = ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.text += text
+        super().on_finalized_text(text, stream_end)
+
+
+def chat(model: Any, tokenizer: Any, reward_model: RewardModel | None, args: Arguments) -> None:
+    """Ask, answer, score, until the input ends."""
+    start = [{"role": "system", "content": args.system}] if args.system else []
+    messages = list(start)
+    while True:
+        try:
+            line = input("\n> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line == "/quit":
+            return
+        if line == "/new":
+            messages = list(start)
+            continue
+        if not line:
+            continue
+        messages = [*messages, {"role": "user", "content": line}]
+        prompt = messages if tokenizer.chat_template else line
+        text = answer(model, tokenizer, prompt, args)
+        messages = [*messages, {"role": "assistant", "content": text}]
+        if reward_model is not None:
+            completion = messages[-1:] if tokenizer.chat_template else text
+            print(f"[score {reward_model.score([prompt], [completion])[0]:+.2f}]")
+
+
+def main(argv: list[str]) -> None:
+    args, config = parse_model(argv, Arguments)
+    if args.temperature < 0 or args.max_new_tokens < 1 or not 0 < args.top_p <= 1:
+        raise InputError(
+            f"temperature={args.temperature}, max_new_tokens={args.max_new_tokens}, top_p={args.top_p}: expected "
+            f"0 or more, 1 or more, and above 0 up to 1"
+        )
+    set_seed(args.seed)
+    model, tokenizer = load_model(args, config)
+    reward_model = RewardModel.from_pretrained(args.reward_model) if args.reward_model else None
+    chat(model.eval(), tokenizer, reward_model, args)
+
+
+if __name__ == "__main__":
+    run(main)

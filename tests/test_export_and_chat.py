@@ -1,0 +1,97 @@
+"""recipes/export.py merges an adapter, recipes/chat.py talks to what the stages wrote."""
+
+import builtins
+import importlib
+
+import pytest
+import torch
+from conftest import make_tokenizer
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from instructgpt_trl.data import InputError
+
+EXPORT, CHAT = importlib.import_module("export"), importlib.import_module("chat")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_merged_model_is_the_adapter_on_its_base(folders, tmp_path, capsys, dtype):
+    out = tmp_path / "merged"
+    EXPORT.main(["--model_name_or_path", folders.sft, "--output_dir", str(out), "--dtype", dtype])
+    assert "merged against adapter: mean difference 0.0" in capsys.readouterr().out
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    assert type(merged).__name__ == "LlamaForCausalLM" and merged.dtype == getattr(torch, dtype)
+    apart = AutoPeftModelForCausalLM.from_pretrained(folders.sft, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(folders.base, dtype=torch.float32)
+    ids = torch.arange(65, 97)[None]
+    with torch.no_grad():
+        logits = [model(input_ids=ids).logits.float() for model in (merged, apart, base)]
+    tolerance = 1e-4 if dtype == "float32" else 0.2
+    assert (logits[0] - logits[1]).abs().max() < tolerance < (logits[2] - logits[1]).abs().max()
+    saved, tokenizer = AutoTokenizer.from_pretrained(out), make_tokenizer()
+    assert saved.chat_template == tokenizer.chat_template and saved("ab<eos>") == tokenizer("ab<eos>")
+
+
+def test_a_merge_that_does_not_agree_is_not_written(folders, tmp_path):
+    flags = ["--model_name_or_path", folders.sft, "--output_dir", str(tmp_path / "o"), "--tolerance", "-1"]
+    with pytest.raises(InputError, match="over tolerance=-1.0, nothing is written"):
+        EXPORT.main(flags)
+    assert not (tmp_path / "o" / "config.json").exists()
+
+
+@pytest.mark.parametrize("name, message", [("base", "only an adapter has"), ("reward_adapter", "is a reward model")])
+def test_what_cannot_be_merged_is_refused(folders, tmp_path, name, message):
+    with pytest.raises(InputError, match=message):
+        EXPORT.main(["--model_name_or_path", getattr(folders, name), "--output_dir", str(tmp_path / "o")])
+
+
+@pytest.fixture
+def say(monkeypatch):
+    """Lines typed at the prompt, then the end of the input."""
+
+    def lines(*typed: str) -> None:
+        left = iter(typed)
+
+        def ask(prompt: str) -> str:
+            try:
+                return next(left)
+            except StopIteration:
+                raise EOFError from None
+
+        monkeypatch.setattr(builtins, "input", ask)
+
+    return lines
+
+
+def test_a_conversation_grows_until_it_starts_afresh(folders, say, monkeypatch, capsys):
+    prompts = []
+
+    def answer(model, tokenizer, prompt, args):
+        prompts.append(prompt)
+        return f"answer {len(prompts)}"
+
+    monkeypatch.setattr(CHAT, "answer", answer)
+    say("one", "", "two", "/new", "three", "/quit", "four")
+    CHAT.main(["--model_name_or_path", folders.sft, "--system", "be kind", "--reward_model", folders.reward_adapter])
+    system = {"role": "system", "content": "be kind"}
+    user = [{"role": "user", "content": text} for text in ("one", "two", "three")]
+    first = {"role": "assistant", "content": "answer 1"}
+    assert prompts == [[system, user[0]], [system, user[0], first, user[1]], [system, user[2]]]
+    assert capsys.readouterr().out.count("[score ") == 3
+
+
+@pytest.mark.parametrize("temperature", ["0", "0.7"])
+def test_answers_are_printed_as_they_come(folders, say, capsys, temperature):
+    """Sampled from the adapter, by the seed; the end of the input ends it."""
+    printed = []
+    for _ in range(2):
+        say("hello")
+        flags = ["--model_name_or_path", folders.sft, "--max_new_tokens", "8", "--temperature", temperature]
+        CHAT.main(flags)
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and printed[0].strip()
+
+
+def test_settings_out_of_range_are_one_line(folders):
+    with pytest.raises(InputError, match="temperature=-1.0"):
+        CHAT.main(["--model_name_or_path", folders.sft, "--temperature", "-1"])
