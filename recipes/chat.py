@@ -106,9 +106,9 @@ def main(argv: list[str]) -> None:
             f"temperature={args.temperature}, max_new_tokens={args.max_new_tokens}, top_p={args.top_p}: expected "
             f"0 or more, 1 or more, and above 0 up to 1"
         )
-    set_seed(args.seed)
     model, tokenizer = load_model(args, config)
     reward_model = RewardModel.from_pretrained(args.reward_model) if args.reward_model else None
+    set_seed(args.seed)
     chat(model.eval(), tokenizer, reward_model, args)
 
 
