@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 import torch
-from conftest import make_tokenizer
+from conftest import make_llama, make_tokenizer
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -90,6 +90,15 @@ def test_answers_are_printed_as_they_come(folders, say, capsys, temperature):
         CHAT.main(flags)
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] and printed[0].strip()
+
+
+def test_an_answer_ends_where_the_templates_turn_ends():
+    """As a base model under ChatML, whose own EOS is another token."""
+    tokenizer, model = make_tokenizer(extra=("<end>",)), make_llama(vocab=259)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<eos>", "<end>")
+    model.generation_config.eos_token_id = 77
+    assert CHAT._ends(model, tokenizer, [{"role": "user", "content": "hi"}]) == [77, 258]
+    assert CHAT._ends(model, tokenizer, "hi") == [77, 257]
 
 
 def test_settings_out_of_range_are_one_line(folders):
