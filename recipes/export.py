@@ -33,7 +33,7 @@ class Arguments(ModelArguments):
     output_dir: str = field(metadata={"help": "Where the merged model goes."})
     texts: str | None = field(default=None, metadata={"help": "Texts to compare log-probs on: .txt, or rows of text."})
     tolerance: float = field(
-        default=0.1,
+        default=0.05,
         metadata={"help": "Largest mean difference of log-probs, nats a token, that counts as agreement."},
     )
 
