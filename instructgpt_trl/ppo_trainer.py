@@ -364,7 +364,7 @@ class PPOTrainer(RLOOTrainer):
 
     def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> Episodes:
         """
-        The next micro-batch: of a new rollout once the old one is used up, else of the one in the buffer. The first
+        The episodes to train on: a new rollout once the old one is used up, else the one in the buffer. The first
         inner epoch takes the rows in the order of the rollout, each later one in a new random order.
         """
         steps = self.args.steps_per_generation
@@ -374,7 +374,7 @@ class PPOTrainer(RLOOTrainer):
         elif self._step % steps == 0:
             generator = torch.Generator().manual_seed(self.args.seed + self._step)
             self._order = torch.randperm(len(self._episodes["input_ids"]), generator=generator)
-        return take_rows(self._episodes, self._rows_of(self._step % steps, 1))
+        return self._episodes
 
     def _rows_of(self, micro_batch: int, count: int) -> torch.Tensor:
         size = self.args.per_device_train_batch_size

@@ -36,8 +36,8 @@ def drop_long_prompts(
 ) -> Dataset | IterableDataset:
     """
     The rows whose prompt has at most `limit` tokens [P C: prompts over 1,024 are filtered]; the chat template gets
-    `template_kwargs`. The others are counted
-    and named in one warning; of an `IterableDataset`, which is read once, each is named when it is read.
+    `template_kwargs`. The others are counted and named in one warning; of an `IterableDataset`, which is read once,
+    each is named when it is read.
 
     Raises:
         [`InputError`]: no row is left, or a prompt has no tokens.
