@@ -29,7 +29,7 @@ from transformers.data.data_collator import DataCollator
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 from trl.models import unwrap_model_for_generation
 
-from ._trl import get_config_model_id, preserved_rng
+from ._trl import get_config_model_id, lm_head_tiles, preserved_rng
 from .data import InputError, check_output_dir, check_rows, check_tokenizers, encode_prompt, pack_texts
 from .data.demonstrations import IMAGES, check_demonstrations, columns_of, cut_report, mix
 from .data.formats import Text, by_prompt, split_by_length
@@ -78,7 +78,8 @@ class SFTTrainer(trl.SFTTrainer):
     Overrides: `__init__`, `train`, `training_step` (stops at NaN), `evaluate`, `evaluation_loop`, `_prepare_dataset`.
 
     Differs from TRL: rows over `max_length` are counted and named; the constructor leaves the caller's random number
-    generators alone and `train` seeds; adapters on a quantised base stay float32.
+    generators alone and `train` seeds; adapters on a quantised base stay float32; without a GPU the LM head works on
+    smaller tiles of the vocabulary, which rounds differently beyond 2,048 words.
 
     Raises:
         [`InputError`]: a wrong row or argument, before a model is loaded; an architecture that residual dropout is not
@@ -171,7 +172,8 @@ class SFTTrainer(trl.SFTTrainer):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+        with lm_head_tiles(self.accelerator.device):
+            loss = super().training_step(*args, **kwargs)
         stop_unless_finite(loss, "the loss", self.state.global_step, "look at the rows of this step")
         return loss
 
@@ -192,7 +194,8 @@ class SFTTrainer(trl.SFTTrainer):
             self._score_name = None
 
     def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
-        output = super().evaluation_loop(*args, **kwargs)
+        with lm_head_tiles(self.accelerator.device):
+            output = super().evaluation_loop(*args, **kwargs)
         if self._score_name is not None:
             name, self._score_name = self._score_name, None
             output.metrics[name] = self._rm_score()
