@@ -11,9 +11,9 @@ from .data import InputError
 @dataclass
 class PPOConfig(RLOOConfig):
     r"""
-    Configuration of [`PPOTrainer`]. Fields of `RLOOConfig` keep their names and meaning; the ones below are new or
-    have another default. Sources: [P] the InstructGPT paper, [L] openai/lm-human-preferences, [N+]
-    vwxyzjn/summarize_from_feedback_details.
+    Configuration of [`PPOTrainer`]. Fields of `RLOOConfig` keep their names and meaning (`router_aux_loss_coef` has
+    none here: there is no balancing loss of experts); the ones below are new or have another default. Sources: [P] the
+    InstructGPT paper, [L] openai/lm-human-preferences, [N+] vwxyzjn/summarize_from_feedback_details.
 
     Batches are counted as in TRL: `per_device_train_batch_size` episodes a micro-batch, `gradient_accumulation_steps`
     micro-batches a minibatch (one optimizer step), `steps_per_generation` micro-batches a batch (one rollout),
@@ -129,6 +129,8 @@ class PPOConfig(RLOOConfig):
             raise InputError("epsilon_high: PPO clips on both sides alike; remove it and set epsilon")
         if self.sync_ref_model:
             raise InputError("sync_ref_model: the reference of PPO is the frozen SFT model; set it to false")
+        if self.neftune_noise_alpha is not None:
+            raise InputError("neftune_noise_alpha: noise makes old and new log-probs those of two policies; remove it")
         if self.warmup_updates and self.lr_scheduler_type != "constant":
             raise InputError(
                 f"lr_scheduler_type={self.lr_scheduler_type!s} has its own warm-up; set warmup_updates to 0 with it"

@@ -136,6 +136,8 @@ class PPOTrainer(RLOOTrainer):
         eval_dataset = _each(eval_dataset, check_prompts)
         if ptx_dataset is not None:
             ptx_dataset = check_rows(ptx_dataset, "pretraining", "ptx_dataset")
+            if not isinstance(ptx_dataset, Dataset):
+                raise InputError("ptx_dataset: its texts are cut into blocks first; load it without streaming")
         check_output_dir(args.output_dir)
 
         with preserved_rng(), _restored(args, "beta", "model_init_kwargs"):
@@ -201,6 +203,11 @@ class PPOTrainer(RLOOTrainer):
             return
         end = turn_end(self._tokenizer, **self.chat_template_kwargs)
         if end is not None and end not in self.eos_token_ids:
+            if self.args.use_vllm:
+                raise InputError(
+                    "use_vllm: vLLM stops at the model's EOS alone, and this chat template ends turns with another "
+                    "token; leave use_vllm out"
+                )
             self.eos_token_ids = [*self.eos_token_ids, end]
             self.generation_config.eos_token_id = self.eos_token_ids
 
@@ -762,6 +769,11 @@ def _check_process(args: PPOConfig, rewards: int) -> None:
             f"PPOTrainer runs in one process on one GPU, got {args.world_size} processes with {args.n_gpu} GPUs each; "
             f"launch with --num_processes 1 and show it one GPU with CUDA_VISIBLE_DEVICES=0"
         )
+    if args.distributed_state is not None and args.distributed_state.distributed_type in ("DEEPSPEED", "FSDP"):
+        raise InputError(
+            f"PPOTrainer keeps its gradients itself and does not run under {args.distributed_state.distributed_type}; "
+            f"launch with plain python"
+        )
     weights = args.reward_weights
     if weights is not None and len(weights) != rewards:
         raise InputError(
@@ -776,6 +788,8 @@ def _check_generation(args: PPOConfig, has_adapters: bool) -> None:
             "use_vllm: TRL merges the adapter into the base for it and back, which is not exact, and reference, "
             "reward model and value model stand on that base; leave it out, or train all weights"
         )
+    if args.use_vllm and args.generation_micro_batch_size:
+        raise InputError("generation_micro_batch_size: vLLM makes its batches itself; leave it out")
     if args.use_transformers_continuous_batching and (args.bf16 or args.fp16):
         raise InputError(
             "use_transformers_continuous_batching: TRL casts the whole policy for it, and adapters stay float32 here; "

@@ -73,10 +73,10 @@ class RewardTrainer(trl.RewardTrainer):
     Refuses, with [`InputError`] and before a model is loaded: a wrong row, a column `margin`, an output folder that
     cannot be written. After loading: a frozen head, a reward model without its head, no ranking within `max_length`.
 
-    Metrics: TRL's names. `loss` and `eval_loss`, mean over prompts in nats; `accuracy` and `margin` over all untied
-    pairs (an equal score counts one half), `prompt_accuracy` the mean over prompts of a prompt's own; `min_reward`,
-    `mean_reward`, `max_reward`, `score_std` over all completions, before the bias; `tied_pairs`, `shortened_rows`
-    counts; `num_tokens`. All but the last since the last log, over all processes.
+    Metrics: TRL's names. `loss` and `eval_loss`, mean over batches of the mean over prompts, in nats; `accuracy` and
+    `margin` over all untied pairs (an equal score counts one half), `prompt_accuracy` the mean over prompts of a
+    prompt's own; `min_reward`, `mean_reward`, `max_reward`, `score_std` over all completions, before the bias;
+    `tied_pairs`, `shortened_rows` counts; `num_tokens`. All but the last since the last log, over all processes.
     """
 
     def __init__(

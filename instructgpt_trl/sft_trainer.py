@@ -269,7 +269,8 @@ class SFTTrainer(trl.SFTTrainer):
         )
         with preserved_rng(), unwrapped as model:
             for batch in tqdm(batches, desc="Reward-model score", disable=is_hidden, leave=False):
-                completions = greedy_completions(model, self._tokenizer, [ids for _, ids in batch], longest)
+                talk = not all(isinstance(prompt, str) for prompt, _ in batch)
+                completions = greedy_completions(model, self._tokenizer, [ids for _, ids in batch], longest, talk)
                 scores += self._scores(batch, completions)
         scores = gather_object(scores)
         mean = sum(scores) / len(scores)

@@ -153,7 +153,9 @@ def plain_logprobs(model, prompt: list[int], completion: list[int], temperature:
 def plain_scalars(model, weight: torch.Tensor, bias, ids: list[int]) -> torch.Tensor:
     """(L,): a head's output at every position of one row."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return base.base_model(torch.tensor([ids])).last_hidden_state[0] @ weight[0] + bias
+    hidden = base.base_model(torch.tensor([ids])).last_hidden_state[0]
+    with torch.autocast("cpu", enabled=False):
+        return hidden.float() @ weight[0] + bias
 
 
 def plain_reward_model(path: str, base: str | None = None):

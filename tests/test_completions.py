@@ -53,9 +53,16 @@ def test_keeps_the_models_own_generation_config_and_mode():
         do_sample=True, temperature=0.3, top_p=0.5, repetition_penalty=1.3, eos_token_id=9, max_length=20
     )
     before = model.generation_config.to_dict()
-    config = greedy_config(model, tokenizer, 5)
+    config = greedy_config(model, tokenizer, 5, conversational=False)
     assert (config.do_sample, config.num_beams, config.max_new_tokens) == (False, 1, 5)
     assert (config.repetition_penalty, config.eos_token_id, config.pad_token_id) == (1.3, [9, 257], 256)
     greedy_completions(model, tokenizer, [[70]], 2)
     assert model.generation_config.to_dict() == before
     assert model.training
+
+
+@pytest.mark.parametrize("conversational, ends", [(True, [257, 258]), (False, [257])])
+def test_a_turn_ends_answers_to_conversations_only(conversational, ends):
+    model, tokenizer = make_llama(vocab=259), make_tokenizer(extra=("<end>",))
+    tokenizer.chat_template = tokenizer.chat_template.replace("<eos>", "<end>")
+    assert greedy_config(model, tokenizer, 5, conversational).eos_token_id == ends

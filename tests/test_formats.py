@@ -119,9 +119,18 @@ def test_rows_that_need_no_change_come_back_as_they_are(rankings, demonstrations
 
 def test_conversations_pass():
     row = {"prompt": USER, "completion": ASSISTANT}
-    check_rows(Dataset.from_list([row]), "demonstration")
-    check_rows(Dataset.from_list([{"prompt": USER, "completions": [ASSISTANT] * 2, "ranks": [1, 1]}]), "ranking")
-    check_rows(Dataset.from_list([{"prompt": USER, "completions": ["a", "b"], "ranks": [1, 1]}]), "ranking")
+    for rows, kind in (
+        ([row], "demonstration"),
+        ([{"prompt": USER, "completions": [ASSISTANT] * 2, "ranks": [1, 1]}], "ranking"),
+        ([{"prompt": USER, "completions": ["a", "b"], "ranks": [1, 1]}], "ranking"),
+    ):
+        assert check_rows(Dataset.from_list(rows), kind).to_list() == rows
+
+
+@pytest.mark.parametrize("rows", [[{"prompt": "p"}], DatasetDict(train=Dataset.from_list([{"prompt": "p"}]))])
+def test_what_is_no_dataset_is_one_line(rows):
+    with pytest.raises(InputError, match=r"train_dataset: expected a datasets.Dataset, got .*rows\['train'\]"):
+        check_rows(rows, "prompt", "train_dataset")
 
 
 def test_as_conversations():

@@ -121,6 +121,7 @@ def test_the_parents_checks_of_groups_stay(settings):
         ({"lr_scheduler_type": "cosine"}, "warmup_updates"),
         ({"epsilon_high": 0.3}, "epsilon_high"),
         ({"sync_ref_model": True}, "sync_ref_model"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 6}, "steps_per_generation=6"),
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, "steps_per_generation=2"),
     ],

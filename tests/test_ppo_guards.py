@@ -1,6 +1,7 @@
 """What `PPOTrainer` samples from, and what it refuses."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -285,6 +286,8 @@ def test_prompts_and_completions_beyond_the_models_context_are_warned_of(
 def test_generation_that_would_change_the_shared_base_is_refused(folders, tmp_path, prompts):
     with pytest.raises(InputError, match="use_vllm: TRL merges the adapter"):
         with_function(folders.base, tmp_path, prompts, peft_config=lora(), use_vllm=True)
+    with pytest.raises(InputError, match="generation_micro_batch_size: vLLM"):
+        with_function(folders.base, tmp_path, prompts, use_vllm=True, generation_micro_batch_size=2)
     with pytest.raises(InputError, match="use_transformers_continuous_batching: TRL casts"):
         args = config(tmp_path, use_transformers_continuous_batching=True)
         args.bf16 = True  # which a config refuses without a GPU
@@ -319,3 +322,16 @@ def test_pitfall_13_rows_given_to_evaluate_are_checked_and_fitted(folders, tmp_p
     assert sorted(len(ids) for batch in batches for ids, _ in batch) == [8 + i for i in range(10)]
     with pytest.raises(InputError, match="eval_dataset.*row 1"):
         trainer.evaluate(Dataset.from_list([{"prompt": "good"}, {"prompt": ""}]))
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
+def test_deepspeed_and_fsdp_are_refused(folders, tmp_path, prompts, kind):
+    args = config(tmp_path)
+    args.distributed_state = SimpleNamespace(**{**vars(args.distributed_state), "distributed_type": kind})
+    with pytest.raises(InputError, match=f"does not run under {kind}"):
+        PPOTrainer(folders.base, reward_funcs=mean_id, args=args, train_dataset=prompts)
+
+
+def test_streamed_pretraining_text_is_refused_before_a_model_is_loaded(tmp_path, prompts, texts):
+    with pytest.raises(InputError, match="ptx_dataset: .* load it without streaming"):
+        with_function("no such model", tmp_path, prompts, ptx_dataset=texts.to_iterable_dataset())

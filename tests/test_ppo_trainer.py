@@ -290,3 +290,9 @@ def test_a_reward_model_on_a_base_of_its_own_is_loaded_as_the_policy_is(folders,
         assert own == {torch.float32 if in_full else torch.bfloat16}
         assert role.head is None or role.head.weight.dtype == torch.float32
     assert args.model_init_kwargs == kwargs
+
+
+def test_a_value_model_that_starts_from_the_policy_is_float32_too(folders, tmp_path, prompts):
+    trainer = with_function(folders.base, tmp_path, prompts, model_init_kwargs={"dtype": "bfloat16"})
+    assert {p.dtype for p in trainer.roles.policy.parameters().values()} == {torch.bfloat16}
+    assert {p.dtype for p in trainer.roles.value.parameters().values()} == {torch.float32}

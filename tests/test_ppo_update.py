@@ -313,8 +313,9 @@ def test_pitfall_02_03_are_exact_in_mixed_precision_too(folders, tmp_path, monke
     trainer.train()
     assert logged(trainer, "policy/approxkl")[0] == 0.0 and logged(trainer, "objective/kl")[0] == 0.0
     score = folders.plain_reward(reward)
-    plain = [score(*episode) for episode in batches[1]]
-    assert logged(trainer, "objective/scores")[1] == pytest.approx(sum(plain) / 4, abs=0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = [score(*episode) for episode in batches[1]]
+    assert logged(trainer, "objective/scores")[1] == pytest.approx(sum(plain) / 4, rel=1e-3)
     assert {p.dtype for role in trainer.roles for p in role.parameters().values()} == {torch.float32}
 
 

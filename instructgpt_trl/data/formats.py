@@ -72,6 +72,11 @@ def check_rows(dataset: Dataset | IterableDataset, kind: str, source: str = "dat
     Raises:
         [`InputError`]: the first wrong row (counted from 0), what was expected and the fix; or the dataset is empty.
     """
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise InputError(
+            f"{source}: expected a datasets.Dataset, got {type(dataset).__name__}; of a DatasetDict take a split, as "
+            f"in rows['train']; a list becomes one by Dataset.from_list"
+        )
     if isinstance(dataset, IterableDataset):
         return dataset.map(lambda row, index: check_row(row, kind, f"{source}, row {index}"), with_indices=True)
     if len(dataset) == 0:

@@ -1,7 +1,7 @@
 """Models from a name: a full model, or an adapter folder on the base that it names."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from .._trl import create_model_from_path
+from .._trl import create_model_from_path, preserved_rng
 from ..data import InputError
 
 logger = logging.get_logger(__name__)
@@ -101,6 +101,42 @@ def load_tokenizer(path: str, base: str | None = None, **kwargs) -> PreTrainedTo
         raise InputError(f"no tokenizer in {source}: {reason}; save the tokenizer beside the model") from None
 
 
+def fit_vocabulary(
+    model: PreTrainedModel, shapes: Mapping[str, Sequence[int]], tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """
+    Give a base as many embeddings as an adapter was trained with: those saved with it, else as many as its tokenizer
+    has tokens, if these are more. New rows are the same each time; what the adapter knows of them it brings.
+
+    Args:
+        model: the base, in place.
+        shapes: of the adapter's weights, under their saved names.
+        tokenizer: the adapter's, if there is one.
+    """
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    saved = shapes.get(f"base_model.model.{name}.weight")
+    rows = max(len(tokenizer or ()), embeddings.num_embeddings) if saved is None else saved[0]
+    if rows != embeddings.num_embeddings:
+        with preserved_rng():
+            torch.manual_seed(0)
+            model.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def adapter_shapes(path: str) -> dict[str, list[int]]:
+    """Shapes of the weights in an adapter's folder, under their saved names; none of an adapter of the hub."""
+    file = Path(path) / "adapter_model.safetensors"
+    if not file.is_file():
+        return {}
+    with safe_open(file, framework="pt") as weights:
+        return {key: weights.get_slice(key).get_shape() for key in weights.keys()}
+
+
+def does_not_fit(path: str, error: Exception) -> InputError:
+    """What torch or PEFT says of an adapter and another base, on one line."""
+    return InputError(f"{path}: the adapter does not fit its base: {' '.join(str(error).split())[:300]}")
+
+
 def load_policy(path: str, **model_init_kwargs) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """
     A causal language model and its tokenizer from a full model (folder or hub id) or from an adapter folder, whose
@@ -125,10 +161,15 @@ def load_policy(path: str, **model_init_kwargs) -> tuple[PreTrainedModel | PeftM
         reason = str(error).split("\n")[0]
         where = f"base model '{base}' of the adapter {path}" if adapter else f"model '{path}'"
         raise InputError(f"{where} cannot be loaded: {reason}") from None
-    if adapter:
-        model = PeftModel.from_pretrained(model, path, is_trainable=True)
     kwargs = {key: model_init_kwargs[key] for key in ("trust_remote_code", "revision") if key in model_init_kwargs}
-    return model, load_tokenizer(path, base, **kwargs)
+    tokenizer = load_tokenizer(path, base, **kwargs)
+    if adapter:
+        fit_vocabulary(model, adapter_shapes(path), tokenizer)
+        try:
+            model = PeftModel.from_pretrained(model, path, is_trainable=True)
+        except (KeyError, RuntimeError) as error:
+            raise does_not_fit(path, error) from None
+    return model, tokenizer
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .._trl import get_config_model_id
 from ..data import InputError, check_output_dir, encode_completion, encode_prompt
 from ..data.formats import Text
-from .loading import is_adapter, load_tokenizer
+from .loading import fit_vocabulary, is_adapter, load_tokenizer
 from .reward_folder import (
     forget_reward_config,
     quantization_for,
@@ -100,11 +100,10 @@ class RewardModel:
         """
         saved = read_reward_config(path)
         hub = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
-        network = load_reward_network(
-            path, quantization_config=quantization_for(path, saved, quantization_config), **kwargs
-        ).eval()
         tokenizer = load_tokenizer(path, adapter_base(path) if is_adapter(path) else None, **hub)
-        return cls(network, tokenizer, saved["bias"], saved["calibrated"])
+        quantization = quantization_for(path, saved, quantization_config)
+        network = load_reward_network(path, tokenizer, quantization, **kwargs)
+        return cls(network.eval(), tokenizer, saved["bias"], saved["calibrated"])
 
     def score(self, prompts: Sequence[Text], completions: Sequence[Text], batch_size: int = 8) -> list[float]:
         """
@@ -281,6 +280,7 @@ class RewardParts:
             name, seed = (self.path, None) if self.config is None else (self.base, 0)
             network = load_reward_network(name, quantization_config=quantization, seed=seed, **kwargs)
         if self.config is not None:
+            fit_vocabulary(network, {key: tensor.shape for key, tensor in self.state.items()}, self.tokenizer)
             config = copy.deepcopy(self.config)
             config.task_type, config.base_model_name_or_path = None, network.name_or_path
             network = load_adapter_state(get_peft_model(network, config), self.state, self.path or "reward model")

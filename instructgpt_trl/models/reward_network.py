@@ -28,7 +28,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from .._trl import create_model_from_path
 from ..data import InputError
-from .loading import is_adapter
+from .loading import does_not_fit, fit_vocabulary, is_adapter
 from .reward_folder import CONFIG_NAME
 
 logger = logging.getLogger(__name__)
@@ -178,8 +178,8 @@ def load_reward_network(
 
     Args:
         path (`str`): folder, or hub id of a full model.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): grows the embeddings of an adapter's base if it has more
-            tokens than they.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the adapter's, which may have more tokens than its base, see
+            [`fit_vocabulary`].
         quantization_config (`BitsAndBytesConfig`, *optional*): quantises the backbone, never the head.
         seed (`int`, *optional*): seed of a new head; without it, a missing head is an error.
         trainable (`bool`): whether an adapter is to be trained on.
@@ -208,8 +208,7 @@ def load_reward_network(
         init_head(model, seed)
     pool_by_length(model)
     if adapter:
-        if tokenizer is not None and len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer))
+        fit_vocabulary(model, {key: tensor.shape for key, tensor in state.items()}, tokenizer)
         model = _attach(model, config, state, path, trainable)
     return model
 
@@ -267,7 +266,7 @@ def load_adapter_state(network: PeftModel, state: dict[str, Tensor], path: str) 
     try:
         result = set_peft_model_state_dict(network, state)
     except (KeyError, RuntimeError) as error:
-        raise InputError(f"{path}: the adapter does not fit its base: {_first_line(error)}") from None
+        raise does_not_fit(path, error) from None
     wrong = [key for key in result.missing_keys if ".default" in key] + list(result.unexpected_keys)
     if wrong:
         raise InputError(f"{path}: the adapter does not fit its base: {len(wrong)} weights differ, first {wrong[0]}")

@@ -8,7 +8,7 @@ and gradient checkpointing recomputes under whichever adapter is active then.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -210,8 +210,8 @@ def _reference(policy: Network, temperature: float) -> Role:
 def _reward(policy: Network, parts: RewardParts, index: int, kwargs: dict) -> Role:
     head = _head(parts.head_weight, parts.bias)
     name = f"reward_{index}" if index else "reward"
-    if isinstance(policy, PeftModel) and parts.config is not None and _on_base_of(policy, parts.base):
-        _add_adapter(policy, name, parts.config, parts.state)
+    if isinstance(policy, PeftModel) and parts.config is not None and _on_base_of(policy, parts):
+        _add_adapter(policy, name, parts.config, _without(parts.state, _weights_of_base(policy, parts.state)))
         return Role(policy, name, head)
     network = parts.load_network(**kwargs)
     if isinstance(network, PeftModel):
@@ -219,15 +219,24 @@ def _reward(policy: Network, parts: RewardParts, index: int, kwargs: dict) -> Ro
     return Role(network.base_model, None, head)
 
 
-def _on_base_of(policy: PeftModel, name: str) -> bool:
+def _on_base_of(policy: PeftModel, parts: RewardParts) -> bool:
     """Whether the policy's base is the one that a reward adapter names: by name, and by its weights in memory."""
     base = policy.get_base_model()
-    if not same_base(name, get_config_model_id(base.config)):
+    if not same_base(parts.base, get_config_model_id(base.config)):
         return False
-    if holds_weights_of(base, name):
+    saved = _weights_of_base(policy, parts.state)
+    if holds_weights_of(base, parts.base) and all(torch.equal(p.detach().cpu(), t) for p, t in saved.values()):
         return True
-    logger.warning(f"The policy's base has other weights than {name}, the reward model's: two bases are kept")
+    logger.warning(f"The policy's base has other weights than {parts.base}, the reward model's: two bases are kept")
     return False
+
+
+def _weights_of_base(
+    policy: PeftModel, state: dict[str, torch.Tensor]
+) -> dict[str, tuple[nn.Parameter, torch.Tensor]]:
+    """Weights of the base that an adapter was saved with, by name: embeddings that had been resized."""
+    own = dict(policy.named_parameters())
+    return {key: (own[key], tensor.to(own[key].dtype)) for key, tensor in state.items() if key in own}
 
 
 def _value_from_reward(reward: Role, peft_config: PeftConfig | None) -> Role:
@@ -249,7 +258,7 @@ def _value_from_policy(policy: Network) -> Role:
     size = (policy.get_base_model() if isinstance(policy, PeftModel) else policy).config.get_text_config().hidden_size
     head = _head(torch.zeros(1, size), 0.0)
     if not isinstance(policy, PeftModel):
-        return Role(copy.deepcopy(policy.base_model), None, head)
+        return Role(copy.deepcopy(policy.base_model).float(), None, head)  # as above
     _add_adapter(policy, "value", _plain(policy.peft_config["default"]), _adapter_state(policy, "default"))
     return Role(policy, "value", head)
 
@@ -266,6 +275,10 @@ def _plain(config: PeftConfig) -> PeftConfig:
     """A config for another adapter on the same network: trainable, without the head that seq-cls configs save."""
     kept = [name for name in config.modules_to_save or [] if name not in ("score", "classifier")] or None
     return replace(config, modules_to_save=kept, task_type="CAUSAL_LM", inference_mode=False)
+
+
+def _without(state: dict[str, torch.Tensor], names: Container[str]) -> dict[str, torch.Tensor]:
+    return {key: tensor for key, tensor in state.items() if key not in names}
 
 
 def _without_head(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,121 @@
+"""Adapters whose vocabulary grew: every stage that reads the folder of the one before it."""
+
+import pytest
+import torch
+from conftest import CHAT_TEMPLATE, make_llama, make_tokenizer
+from datasets import Dataset
+from peft import get_peft_model
+from ppo_helpers import config, logged, lora
+from transformers import AutoModelForCausalLM
+
+from instructgpt_trl import PPOTrainer, RewardConfig, RewardModel, RewardTrainer, SFTConfig, SFTTrainer
+from instructgpt_trl.data import InputError
+from instructgpt_trl.models.loading import load_policy
+
+# PEFT's, of its own wrapper of a tied LM head: peft/tuners/trainable_tokens/layer.py, TrainableTokensLayer.__init__
+pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type '<class 'peft:UserWarning")
+
+SETTINGS = dict(
+    per_device_train_batch_size=2,
+    max_steps=2,
+    learning_rate=1e-2,
+    report_to="none",
+    save_strategy="no",
+    disable_tqdm=True,
+    use_cpu=True,
+)
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def answer(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """
+    SFT with the chat template of another model, whose turn end is a token that the base does not have; then the RM.
+    The LM head is not tied: TRL's fused head does not find the bias of PEFT's wrapper of a tied one.
+    """
+    path = tmp_path_factory.mktemp("chain")
+    make_llama(tie_word_embeddings=False).save_pretrained(path / "base")
+    make_tokenizer().save_pretrained(path / "base")
+    other = make_tokenizer(extra=("<end>",))
+    other.chat_template = CHAT_TEMPLATE.replace("<eos>", "<end>")
+    other.eos_token = "<end>"
+    other.save_pretrained(path / "template")
+    rows = Dataset.from_list([{"prompt": user(f"say {i}"), "completion": answer(str(i))} for i in range(4)])
+    args = SFTConfig(str(path / "sft"), chat_template_path=str(path / "template"), residual_dropout=0, **SETTINGS)
+    sft = SFTTrainer(str(path / "base"), args, train_dataset=rows, peft_config=lora(task_type="CAUSAL_LM"))
+    sft.train()
+    sft.save_model()
+    ranked = Dataset.from_list(
+        [{"prompt": user(f"say {i}"), "completions": [answer("a"), answer("bb")], "ranks": [1, 2]} for i in range(4)]
+    )
+    reward = RewardTrainer(str(path / "sft"), RewardConfig(str(path / "reward"), **SETTINGS), train_dataset=ranked)
+    reward.train()
+    reward.save_model()
+    return path, sft, reward
+
+
+def test_a_policy_with_new_tokens_is_read_as_it_was_trained(chain):
+    path, sft, _ = chain
+    model, tokenizer = load_policy(str(path / "sft"))
+    assert len(tokenizer) > 258 and model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+    ids = torch.tensor([[65, 66, len(tokenizer) - 1, 67]])
+    sft.model.eval()
+    expected = sft.model(input_ids=ids).logits
+    torch.testing.assert_close(model.eval()(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_reward_model_with_new_tokens_scores_as_it_was_trained(chain):
+    path, _, reward = chain
+    asked = [user("say 1")], [answer("bb")]
+    loaded = RewardModel.from_pretrained(str(path / "reward"))
+    assert loaded.score(*asked) == pytest.approx(reward.reward_model.score(*asked), rel=1e-5)
+
+
+def test_ppo_of_models_with_new_tokens_has_one_base_and_starts_at_zero_kl(chain, tmp_path):
+    path, _, reward = chain
+    rows = Dataset.from_list([{"prompt": user(f"say {i}")} for i in range(4)])
+    args = config(tmp_path, max_steps=2)
+    trainer = PPOTrainer(str(path / "sft"), reward_model=str(path / "reward"), args=args, train_dataset=rows)
+    assert len({id(role.network) for role in trainer.roles}) == 1
+    trainer.train()
+    assert logged(trainer, "objective/kl")[0] == 0.0
+    assert logged(trainer, "policy/approxkl")[0] == 0.0
+    trainer.save_model()
+    load_policy(str(tmp_path))
+
+
+def resized(base_dir: str, path, rows: int, seed: int = 0):
+    """An adapter that plain PEFT saved on a base whose embeddings were padded to `rows`, with those embeddings."""
+    model = AutoModelForCausalLM.from_pretrained(base_dir)
+    torch.manual_seed(seed)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    network = get_peft_model(model, lora(task_type="CAUSAL_LM"))
+    with pytest.warns(UserWarning, match="resized during finetuning"):
+        network.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return network
+
+
+def test_embeddings_saved_with_an_adapter_are_read(base_dir, tmp_path):
+    network = resized(base_dir, tmp_path, 264)
+    model, _ = load_policy(str(tmp_path))
+    assert torch.equal(model.get_input_embeddings().weight, network.get_input_embeddings().weight)
+
+
+def test_an_adapter_of_another_shape_is_one_line(tmp_path):
+    """Saved on a model of another width."""
+    make_llama(hidden=32).save_pretrained(tmp_path / "wide")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "wide")
+    get_peft_model(model, lora(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "sft")
+    make_tokenizer().save_pretrained(tmp_path / "sft")
+    make_llama(hidden=16).save_pretrained(tmp_path / "wide")
+    with pytest.raises(InputError, match="the adapter does not fit its base: .*size mismatch") as error:
+        load_policy(str(tmp_path / "sft"))
+    assert "\n" not in str(error.value)
