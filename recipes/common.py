@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import logging
 import math
 import os
 import shlex
@@ -11,6 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+# Which of its kernels bitsandbytes did not find is no news for who did not ask for 4 bits, and it tells when imported
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# ruff: noqa: E402
 
 import torch
 from datasets import Dataset

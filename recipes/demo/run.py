@@ -7,6 +7,7 @@ web, demonstrations (SFT), K-way rankings by simulated labelers (reward model), 
 """
 
 import argparse
+import logging
 import os
 import random
 import sys
@@ -19,6 +20,8 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of missing kernels when imported
+# ruff: noqa: E402
 
 import datasets
 import transformers
