@@ -19,7 +19,7 @@ from .data.formats import by_prompt, split_by_length
 from .data.rankings import DataCollatorForRanking, check_rankings, prepare_rankings
 from .functional import _untied_pairs, ranking_loss
 from .models.guards import stop_unless_finite
-from .models.loading import float32_adapters, is_adapter, load_tokenizer
+from .models.loading import float32_adapters, is_adapter, keep_gradients, load_tokenizer
 from .models.reward_model import (
     RewardModel,
     adapter_base,
@@ -135,6 +135,7 @@ class RewardTrainer(trl.RewardTrainer):
                     quantization_config=quantization_config,
                     peft_config=scalar_config(peft_config) if isinstance(peft_config, PeftConfig) else peft_config,
                 )
+        keep_gradients(self.model)
         _keep_float32(self.model, head)
         if not all(parameter.requires_grad for parameter in head_of(self.model).parameters()):
             raise InputError(

@@ -36,7 +36,7 @@ from .data.formats import Text, by_prompt, split_by_length
 from .models.completions import greedy_completions
 from .models.dropout import residual_dropout, residual_places
 from .models.guards import stop_unless_finite
-from .models.loading import context_length, float32_adapters, is_adapter, load_policy
+from .models.loading import context_length, float32_adapters, is_adapter, keep_gradients, load_policy
 from .sft_config import SFTConfig
 
 if TYPE_CHECKING:
@@ -152,6 +152,7 @@ class SFTTrainer(trl.SFTTrainer):
         if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
             with float32_adapters(self.model):  # the parent casts a new adapter to bfloat16: back to float32
                 pass
+        keep_gradients(self.model)
         if args.residual_dropout:
             residual_places(self.model)  # refuse an unknown architecture now, not in `train`
         if hasattr(self.reward_model, "score_ids"):  # takes this tokenizer's ids

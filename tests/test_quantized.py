@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_llama, make_tokenizer
+from datasets import Dataset
 from ppo_helpers import (
     Folders,
     assert_close,
@@ -20,10 +21,12 @@ from ppo_helpers import (
     store_completions,
     trainer_of,
 )
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from instructgpt_trl import PPOTrainer, RewardConfig, RewardModel, RewardTrainer, SFTConfig, SFTTrainer
+from instructgpt_trl.data import InputError
 from instructgpt_trl.data.episodes import pad_episodes
+from instructgpt_trl.models.loading import keep_gradients
 
 pytest.importorskip("bitsandbytes")
 
@@ -189,3 +192,36 @@ def test_a_ppo_run_on_a_quantised_base_resumes(wide, tmp_path, prompts):
     resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
     assert_equal(resumed._policy_parameters, straight._policy_parameters)
     assert_equal(resumed._value_parameters, straight._value_parameters)
+
+
+def packs(network) -> set[bool]:
+    """Whether bitsandbytes may pack the 4-bit weights of a network for evaluation, on a CPU with bf16 instructions."""
+    layers = [m for m in network.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    assert layers
+    return {m.support_avx512bf16_for_cpu for m in layers}
+
+
+def test_no_stage_lets_bitsandbytes_pack_weights_that_gradients_must_pass(wide, tmp_path, prompts, monkeypatch):
+    """As on a CPU with bf16 instructions, whatever this one has."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    for role in ppo(wide, tmp_path, prompts).roles:
+        assert packs(role.network) == {False}
+    assert packs(RewardModel.from_pretrained(wide.reward_adapter, quantization_config=nf4()).model) == {False}
+    rows = Dataset.from_list([{"prompt": "p", "completion": "c"}] * 2)
+    args = SFTConfig(str(tmp_path), **SMALL)
+    sft = SFTTrainer(wide.base, args, train_dataset=rows, quantization_config=nf4(), peft_config=lora())
+    assert packs(sft.model) == {False}
+    ranked = Dataset.from_list([{"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2]}] * 2)
+    model = AutoModelForSequenceClassification.from_pretrained(wide.base, num_labels=1, quantization_config=nf4())
+    args = RewardConfig(str(tmp_path), **SMALL)
+    tokenizer = make_tokenizer()
+    reward = RewardTrainer(model, args, train_dataset=ranked, processing_class=tokenizer, peft_config=lora())
+    assert packs(reward.model) == {False}
+
+
+def test_weights_that_are_packed_already_are_refused(wide):
+    model = AutoModelForCausalLM.from_pretrained(wide.base, quantization_config=nf4())
+    keep_gradients(model)
+    model.model.layers[1].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(InputError, match="layers.1.mlp.up_proj: bitsandbytes has packed its 4-bit weights"):
+        keep_gradients(model)

@@ -163,6 +163,7 @@ def load_policy(path: str, **model_init_kwargs) -> tuple[PreTrainedModel | PeftM
         raise InputError(f"{where} cannot be loaded: {reason}") from None
     kwargs = {key: model_init_kwargs[key] for key in ("trust_remote_code", "revision") if key in model_init_kwargs}
     tokenizer = load_tokenizer(path, base, **kwargs)
+    keep_gradients(model)
     if adapter:
         fit_vocabulary(model, adapter_shapes(path), tokenizer)
         try:
@@ -170,6 +171,26 @@ def load_policy(path: str, **model_init_kwargs) -> tuple[PreTrainedModel | PeftM
         except (KeyError, RuntimeError) as error:
             raise does_not_fit(path, error) from None
     return model, tokenizer
+
+
+def keep_gradients(network: nn.Module) -> None:
+    """
+    On CPUs with bf16 instructions bitsandbytes packs 4-bit weights anew when a layer is first evaluated, into a form
+    that computes in bfloat16 and lets no gradient through, in training too from then on, with a warning from torch at
+    most (bitsandbytes 0.50, `Linear4bit.forward`). Not so the layers of this network.
+
+    Raises:
+        [`InputError`]: it was evaluated before, and is packed already.
+    """
+    for name, module in network.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise InputError(
+                f"{name}: bitsandbytes has packed its 4-bit weights for evaluation on this CPU, and no gradient "
+                f"passes them; load the model anew and train it before it is evaluated"
+            )
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from .._trl import create_model_from_path
 from ..data import InputError
-from .loading import does_not_fit, fit_vocabulary, is_adapter
+from .loading import does_not_fit, fit_vocabulary, is_adapter, keep_gradients
 from .reward_folder import CONFIG_NAME
 
 logger = logging.getLogger(__name__)
@@ -192,6 +192,7 @@ def load_reward_network(
     adapter = is_adapter(path)
     base = adapter_base(path) if adapter else path
     model, has_head = _load_base(base, path, quantization_config, kwargs)
+    keep_gradients(model)
     is_reward = (Path(path) / CONFIG_NAME).is_file()
     if adapter:
         config, state = read_adapter(path)

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from .._trl import add_fused_lm_head, disable_dropout_in_model, get_config_model_id, lm_head_tiles
 from ..data import InputError
 from ..data.episodes import Episodes, attention_mask, before_tokens, completion_labels, last_token, take_rows
-from .loading import holds_weights_of, same_base
+from .loading import holds_weights_of, keep_gradients, same_base
 from .reward_model import RewardParts
 
 logger = logging.get_logger(__name__)
@@ -185,6 +185,7 @@ def build_roles(
         value = _value_from_policy(policy)
     roles = Roles(policy_role, reference, reward_roles, value)
     for role in roles:
+        keep_gradients(role.network)
         role.train(role is policy_role or role is value)
     if peft:
         policy.set_adapter("default")
