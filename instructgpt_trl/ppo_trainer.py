@@ -38,7 +38,7 @@ from .data.prompts import check_prompts, drop_long_prompts
 from .functional import gae, policy_loss, token_rewards, value_loss, whiten
 from .models.ema import EMA
 from .models.guards import stop_unless_finite
-from .models.limits import RowLimit
+from .models.limits import RowLimit, give_back_freed_memory
 from .models.loading import context_length, float32_adapters, load_policy, load_tokenizer, warn_beyond_context
 from .models.reward_model import reward_parts
 from .models.rewards import ModelReward, all_rewards, finite_reward, is_model
@@ -301,7 +301,8 @@ class PPOTrainer(RLOOTrainer):
         return self.num_iterations * self.args.steps_per_generation // self.args.gradient_accumulation_steps
 
     def train(self, *args, **kwargs):
-        """As the parent's, from the seed of the config, whatever ran before."""
+        """As the parent's, from the seed of the config, whatever ran before; freed memory goes back to the system."""
+        give_back_freed_memory(self.accelerator.device)
         set_seed(self.args.seed)
         output = super().train(*args, **kwargs)
         if self.state.global_step == 0 and isinstance(self.train_dataset, IterableDataset):  # not known before

@@ -1,14 +1,33 @@
-"""How many rows a pass takes at a time: fewer, once they do not fit into memory."""
+"""Keeping within memory: fewer rows a pass once they do not fit, and freed memory given back."""
 
+import ctypes
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
 T = TypeVar("T")
+
+
+def give_back_freed_memory(device: torch.device) -> bool:
+    """
+    On a CPU under Linux, make the allocator return tensors of 128 KiB and more to the system when they are freed. As
+    soon as large ones come and go, glibc keeps blocks of up to 32 MiB for itself instead, full of holes: a PPO update
+    of a 30M model (LoRA, 8 x 128 tokens) then held 882 MiB for 245 MiB of tensors, and 310 so. It is for the whole
+    process, and stays. Returns whether there was such an allocator.
+
+    Source: mallopt(3), M_MMAP_THRESHOLD, and its dynamic adjustment.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if device.type != "cpu" or mallopt is None:
+        return False
+    m_mmap_threshold = -3
+    return mallopt(m_mmap_threshold, 128 * 1024) == 1
 
 
 class RowLimit:
