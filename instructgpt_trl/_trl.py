@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+import trl.kernels.chunked_logprob
 import trl.trainer.utils
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import (
@@ -34,6 +35,7 @@ __all__ = [
     "lm_head_tiles",
     "precision",
     "preserved_rng",
+    "triton_lm_head",
 ]
 
 # (class, method): overridden in our subclass, or called although it is private
@@ -100,11 +102,34 @@ def lm_head_tiles(device: torch.device) -> Iterator[None]:
     name = "_CHUNKED_LOGPROB_CHUNK_SIZE"
     before = getattr(trl.trainer.utils, name)
     try:
-        if device.type not in ("cuda", "xpu"):
+        if device.type not in ("cuda", "xpu") and not _as_on_a_gpu:
             setattr(trl.trainer.utils, name, 2048)
         yield
     finally:
         setattr(trl.trainer.utils, name, before)
+
+
+_as_on_a_gpu = False
+
+
+@contextmanager
+def triton_lm_head() -> Iterator[None]:
+    """
+    Inside, the fused head makes the tensors that it makes on a GPU, where a kernel works on a tile in place, and no
+    numbers: for predictions of memory.
+    """
+    global _as_on_a_gpu
+    kernels, names = trl.kernels.chunked_logprob, ("_forward_tile", "_backward_tile")
+    before = [getattr(kernels, name) for name in names]
+    try:
+        _as_on_a_gpu = True
+        for name in names:
+            setattr(kernels, name, lambda *args, **kwargs: None)
+        yield
+    finally:
+        _as_on_a_gpu = False
+        for name, function in zip(names, before, strict=True):
+            setattr(kernels, name, function)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import torch
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, NoMatchingPeftModuleError
+from peft import AutoPeftModelForCausalLM, NoMatchingPeftModuleError, PeftConfig
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -31,10 +33,12 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_bitsandbytes_available
-from trl import ModelConfig, TrlParser, get_quantization_config
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from yaml import YAMLError
 
 from instructgpt_trl.data import InputError, as_conversations, load_rows
+from instructgpt_trl.memory import PARTS, Load, peak, predict
+from instructgpt_trl.peak_memory import PeakMemory
 
 
 @dataclass(kw_only=True)
@@ -141,7 +145,9 @@ def load_model(args: ModelArguments, model: ModelConfig) -> tuple[PreTrainedMode
 def parse_arguments(argv: list[str], classes: tuple[type, ...], **defaults: Any) -> tuple:
     """Objects of `classes` from flags over the YAML file of `--config`."""
     parser = Parser(classes)
-    parser.set_defaults(use_bnb_nested_quant=True, **defaults)  # with --load_in_4bit: 0.4 bits a weight less
+    if ModelConfig in classes:
+        defaults["use_bnb_nested_quant"] = True  # with --load_in_4bit: 0.4 bits a weight less
+    parser.set_defaults(**defaults)
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if argv[-1:] == ["--config"]:
         raise InputError("--config: expected the path of a YAML file behind it; give one or leave it out")
@@ -226,6 +232,53 @@ def next_command(args: DataArguments, output_dir: str, recipe: str, **flags: str
     for name, value in {**flags, "output_dir": Path(output_dir).with_name(script.stem)}.items():
         words += [f"--{name}", str(value)]
     return shlex.join(words + (["--conversational"] if args.conversational else []))
+
+
+@contextmanager
+def watched_memory(config: TrainingArguments, model: ModelConfig, **sizes: Any) -> Iterator[None]:
+    """Say the predicted peak of memory and, after what happens inside, the measured one. `sizes` is for `Load`."""
+
+    def say(text: str) -> None:  # where progress bars go
+        print("memory:", text, file=sys.stderr, flush=True)
+
+    try:
+        parts = predict(_base_config(config, model), _load_of(config, model, sizes))
+        most = sorted(PARTS, key=parts.get, reverse=True)[:3]
+        predicted = f"at most {peak(parts) / 1e9:.2f} GB predicted"
+        say(f"{predicted}, of it " + ", ".join(f"{part} {parts[part] / 1e9:.2f}" for part in most))
+    except Exception as error:  # a prediction is a service, and architectures differ; the run goes on without
+        predicted = "no prediction for this model"
+        say(f"{predicted} ({type(error).__name__}: {' '.join(str(error).split())[:100]})")
+    with PeakMemory() as measured:
+        yield
+    say(f"peak {measured.bytes / 1e9:.2f} GB, {predicted}")
+
+
+def lengths(config: TrainingArguments) -> dict[str, int]:
+    """Of the longest row of SFT and of a reward model, all of it as if it were a completion."""
+    return {"prompt": 1, "completion": (config.max_length or 1024) - 1}
+
+
+def _load_of(config: TrainingArguments, model: ModelConfig, sizes: dict[str, Any]) -> Load:
+    bits = 4 if model.load_in_4bit else 8 if model.load_in_8bit else 16 if "16" in str(model.dtype) else 32
+    folder = Path(model.model_name_or_path)
+    adapter = PeftConfig.from_pretrained(folder) if (folder / "adapter_config.json").is_file() else None
+    return Load(
+        lora=get_peft_config(model) or adapter,
+        bits=bits,
+        compute=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32,
+        checkpointing=config.gradient_checkpointing,
+        state_bytes=2 if "8bit" in str(config.optim) else 8,
+        cuda=torch.cuda.is_available(),
+        **sizes,
+    )
+
+
+def _base_config(config: TrainingArguments, model: ModelConfig) -> PreTrainedConfig:
+    name = model.model_name_or_path
+    if (Path(name) / "adapter_config.json").is_file():
+        name = PeftConfig.from_pretrained(name).base_model_name_or_path
+    return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
 
 
 def finish(trainer: Trainer, then: str) -> None:

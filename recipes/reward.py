@@ -12,7 +12,18 @@ Flags and `--config` are as in sft.py.
 from dataclasses import dataclass, field
 
 import torch
-from common import DataArguments, final_evaluation, finish, next_command, parse, read, read_and_split, run
+from common import (
+    DataArguments,
+    final_evaluation,
+    finish,
+    lengths,
+    next_command,
+    parse,
+    read,
+    read_and_split,
+    run,
+    watched_memory,
+)
 from datasets import Dataset
 from trl import get_peft_config, get_quantization_config
 
@@ -32,16 +43,18 @@ class Arguments(DataArguments):
 def main(argv: list[str]) -> None:
     args, config, model = parse(argv, Arguments, RewardConfig, output_dir="runs/reward")
     rankings, held_out = read_and_split(args, config, "ranking")
-    trainer = RewardTrainer(
-        model=model.model_name_or_path,
-        args=config,
-        train_dataset=rankings,
-        eval_dataset=held_out,
-        demonstration_dataset=read(args, args.demonstrations, "demonstration"),
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
-    )
-    trainer.train(config.resume_from_checkpoint)
+    rows = config.per_device_train_batch_size * max(len(ranks) for ranks in rankings["ranks"])
+    with watched_memory(config, model, **lengths(config), stage="reward", rows=rows):
+        trainer = RewardTrainer(
+            model=model.model_name_or_path,
+            args=config,
+            train_dataset=rankings,
+            eval_dataset=held_out,
+            demonstration_dataset=read(args, args.demonstrations, "demonstration"),
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+        )
+        trainer.train(config.resume_from_checkpoint)
     if held_out is not None:
         accuracy = final_evaluation(trainer).get("eval_accuracy", float("nan"))
         longer = longer_wins(trainer.eval_dataset)

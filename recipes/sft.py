@@ -10,7 +10,18 @@ go; `--help` lists them. `--use_peft` trains a LoRA adapter.
 
 from dataclasses import dataclass, field
 
-from common import DataArguments, final_evaluation, finish, next_command, parse, read, read_and_split, run
+from common import (
+    DataArguments,
+    final_evaluation,
+    finish,
+    lengths,
+    next_command,
+    parse,
+    read,
+    read_and_split,
+    run,
+    watched_memory,
+)
 from trl import get_peft_config, get_quantization_config
 
 from instructgpt_trl import SFTConfig, SFTTrainer
@@ -32,17 +43,18 @@ class Arguments(DataArguments):
 def main(argv: list[str]) -> None:
     args, config, model = parse(argv, Arguments, SFTConfig, output_dir="runs/sft")
     demonstrations, held_out = read_and_split(args, config, "demonstration")
-    trainer = SFTTrainer(
-        model=model.model_name_or_path,
-        args=config,
-        train_dataset=demonstrations,
-        eval_dataset=held_out,
-        pretraining_dataset=read(args, args.pretraining_dataset, "pretraining"),
-        reward_model=args.reward_model,
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
-    )
-    trainer.train(config.resume_from_checkpoint)
+    with watched_memory(config, model, **lengths(config), stage="sft", rows=config.per_device_train_batch_size):
+        trainer = SFTTrainer(
+            model=model.model_name_or_path,
+            args=config,
+            train_dataset=demonstrations,
+            eval_dataset=held_out,
+            pretraining_dataset=read(args, args.pretraining_dataset, "pretraining"),
+            reward_model=args.reward_model,
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+        )
+        trainer.train(config.resume_from_checkpoint)
     if held_out is not None:
         final_evaluation(trainer)
     then = next_command(

@@ -125,13 +125,15 @@ def save_sft_adapter(base: str, path: str, seed: int = 1, **settings) -> str:
     return path
 
 
-def save_reward_model(base: str, path: str, adapter: bool, bias: float = 0.7, seed: int = 2, tokenizer=None) -> str:
+def save_reward_model(
+    base: str, path: str, adapter: bool, bias: float = 0.7, seed: int = 2, tokenizer=None, r=3
+) -> str:
     """A reward model as plain transformers and PEFT save it, and a `reward_model.json` beside it."""
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype="float32")
     head = model.score.weight.data
     head.normal_(0, 0.5, generator=torch.Generator().manual_seed(seed))
     if adapter:
-        model = get_peft_model(model, lora(task_type="SEQ_CLS", modules_to_save=["score"], r=3))
+        model = get_peft_model(model, lora(task_type="SEQ_CLS", modules_to_save=["score"], r=r))
         randomise(model, seed=seed)
     model.save_pretrained(path)
     (tokenizer or make_tokenizer()).save_pretrained(path)

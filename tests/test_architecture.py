@@ -17,16 +17,16 @@ PACKAGE = "instructgpt_trl"
 
 # Lowest first; a module imports from lower layers only, or from its own folder
 LAYERS = (
-    ("functional", "_trl"),
+    ("functional", "_trl", "peak_memory"),
     ("data",),
     ("models",),
-    ("sft_config", "reward_config", "ppo_config"),
+    ("sft_config", "reward_config", "ppo_config", "memory"),
     ("sft_trainer", "reward_trainer", "ppo_trainer"),
     ("",),  # __init__.py
 )
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 FOLDERS = {"data", "models"}
-PUBLIC_MODULES = {PACKAGE, f"{PACKAGE}.data", f"{PACKAGE}.functional"}
+PUBLIC_MODULES = {PACKAGE, f"{PACKAGE}.data", f"{PACKAGE}.functional", f"{PACKAGE}.memory", f"{PACKAGE}.peak_memory"}
 PUBLIC_TRL = {"trl", "trl.models"}  # `trl.models` has `unwrap_model_for_generation`, which `trl` does not repeat
 TOP_LEVEL = {
     *("pyproject.toml", "README.md", "instructgpt_trl", "recipes", "eval", "tests"),
@@ -198,7 +198,7 @@ def test_the_checker_resolves_folders():
 
 def test_third_party_imports_are_declared():
     """A module that is neither Python's own, ours, nor installed with the package would fail on a fresh machine."""
-    declared = {"torch", "trl", "transformers", "peft", "accelerate", "datasets", "safetensors"}
+    declared = {"torch", "trl", "transformers", "peft", "accelerate", "datasets", "psutil", "safetensors"}
     brought = {"numpy", "tqdm", "yaml", "huggingface_hub", "tokenizers"}  # required by transformers
     extras = {"bitsandbytes", "evaluate", "matplotlib", "scipy"}
     own = {PACKAGE, "recipes", "eval", *(path.stem for path in sources("recipes", "eval"))}

@@ -1,0 +1,90 @@
+"""
+The planner against measurement: peak memory of PPO-ptx updates, predicted without weights and measured in processes.
+
+    python eval/bench/planner.py            # eighteen settings, half an hour on two cores
+    python eval/bench/planner.py --quick    # two small ones
+
+Three model sizes; LoRA, all weights, LoRA on a 4-bit base; gradient checkpointing on and off. Measured is what is
+resident beyond the process's size after imports, looked at every 10 ms.
+"""
+
+import argparse
+import itertools
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from bench import SMOLLM2, lora, make_model, make_stages, side
+from transformers import AutoConfig
+
+from instructgpt_trl.memory import Load, peak, predict
+
+SCRIPT = str(Path(__file__).with_name("ppo_side.py"))
+MB = 2**20
+SHAPES = {
+    "30M": {**SMOLLM2, "hidden_size": 320, "intermediate_size": 896, "num_hidden_layers": 12, "num_attention_heads": 5}
+    | {"num_key_value_heads": 1},
+    "70M": {**SMOLLM2, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 16}
+    | {"num_attention_heads": 8, "num_key_value_heads": 2},
+    "135M": SMOLLM2,
+}
+KINDS = {"LoRA": (False, 32), "all weights": (True, 32), "LoRA, 4-bit": (False, 4)}
+
+
+def load_of(setting: dict) -> Load:
+    return Load(
+        stage="ppo_ptx",
+        rows=setting["batch"],
+        prompt=setting["prompt"],
+        completion=setting["completion"],
+        sampled=setting["batch"],
+        ptx_length=setting["prompt"] + setting["completion"],
+        lora=None if setting["full"] else lora(),
+        bits=setting["bits"],
+        compute=getattr(torch, setting["dtype"]),
+        checkpointing=setting["checkpointing"],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens")
+    parser.add_argument("--completion", type=int, default=64, help="tokens")
+    parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--json", help="file for the table")
+    args = parser.parse_args()
+    sizes = ["30M"] if args.quick else args.sizes
+    kinds = {"LoRA": KINDS["LoRA"]} if args.quick else KINDS
+    rows = []
+    print(f"{'model':>6}  {'trained':<12} {'checkpointing':<13} {'predicted':>9} {'measured':>9}   MB")
+    with tempfile.TemporaryDirectory() as name:
+        for size, (kind, (full, bits)), checkpointing in itertools.product(sizes, kinds.items(), (True, False)):
+            folder = Path(name) / f"{size}-{full}"
+            if not folder.is_dir():
+                make_model(folder / "base", SHAPES[size])
+                make_stages(folder / "base", folder, full)
+            setting = {"side": "ours", "base": str(folder / "base"), "sft": str(folder / "sft")}
+            setting |= {"reward": str(folder / "reward"), "full": full, "bits": bits, "checkpointing": checkpointing}
+            setting |= {"batch": args.batch, "prompt": args.prompt, "completion": args.completion}
+            setting |= {"dtype": "float32", "updates": 2, "ptx": True, "anonymous": False}
+            file = folder / "setting.json"
+            file.write_text(json.dumps(setting), encoding="utf-8")
+            predicted = peak(predict(AutoConfig.from_pretrained(folder / "base"), load_of(setting))) / MB
+            measured = side(SCRIPT, file)["bytes"] / MB
+            row = {"model": size, "trained": kind, "checkpointing": checkpointing}
+            rows.append(row | {"predicted_mb": predicted, "measured_mb": measured, "off": predicted / measured - 1})
+            shown = "on" if checkpointing else "off"
+            print(
+                f"{size:>6}  {kind:<12} {shown:<13} {predicted:9.0f} {measured:9.0f}   {rows[-1]['off']:+.1%}",
+                flush=True,
+            )
+    print(f"largest difference: {max(abs(row['off']) for row in rows):.1%}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+r"""
+Whether a run fits, before it starts: memory of each stage by part, the largest batch and length, and hours.
+
+    python recipes/plan.py --model Qwen/Qwen2.5-1.5B --recipe ppo_ptx --gpu 6 --load_in_4bit
+
+MODEL is a hub id, a folder or a config.json; weights are not read. `--recipe` is the last of the stages to plan (sft,
+reward, ppo_ptx). `--gpu` is a card's memory in GB; without it, this machine's. The settings go to `--output_dir` as
+YAML files that the recipes take with `--config`. Hours come from a rate measured here, on two short models of this
+shape; `--tokens_per_second` (forward and backward, from a run's log) replaces it for another machine.
+"""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+from common import ModelArguments, parse_arguments, run
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from instructgpt_trl.data import InputError, check_output_dir
+from instructgpt_trl.memory import PARTS, STAGES, Load, largest, peak, predict
+
+GB = 1e9
+MINIBATCH = 64  # [P C.2, C.4]
+
+
+@dataclass(kw_only=True)
+class Arguments(ModelArguments):
+    """Flags of the planner."""
+
+    model: str = field(metadata={"help": "Hub id, folder, or config.json."})
+    recipe: str = field(default="ppo_ptx", metadata={"help": "Last stage to plan: sft, reward or ppo_ptx."})
+    gpu: float | None = field(default=None, metadata={"help": "Memory of the card, GB. Without: this machine's."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "A base of 4 bits a weight."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "A base of 8 bits a weight."})
+    dtype: str | None = field(default=None, metadata={"help": "float32 or bfloat16. Without: bfloat16 on a GPU."})
+    full: bool = field(default=False, metadata={"help": "Train all weights, not LoRA adapters."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    optim: str = field(default="adamw_torch_fused", metadata={"help": "Optimizer, as in TrainingArguments."})
+    gradient_checkpointing: bool = field(default=True, metadata={"help": "Recompute activations."})
+    prompt: int = field(default=512, metadata={"help": "Longest prompt, tokens."})
+    completion: int = field(default=256, metadata={"help": "Longest completion, tokens."})
+    completions: int = field(default=9, metadata={"help": "Ranked completions a prompt, the most there are."})
+    demonstrations: int = field(default=1000, metadata={"help": "Rows of stage 1, for the hours; two epochs."})
+    rankings: int = field(default=1000, metadata={"help": "Rows of stage 2, for the hours; one epoch."})
+    episodes: int = field(default=10_000, metadata={"help": "Episodes of stage 3, for the hours."})
+    tokens_per_second: float | None = field(default=None, metadata={"help": "Rate of training, instead of measuring."})
+    output_dir: str = field(default="runs/plan", metadata={"help": "Where the YAML files go."})
+
+
+def read_config(args: Arguments) -> PreTrainedConfig:
+    path = Path(args.model)
+    try:
+        return AutoConfig.from_pretrained(
+            path.parent if path.suffix == ".json" else args.model, trust_remote_code=args.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--model {args.model}: {str(error).splitlines()[0]}; give an id, a folder or a config.json"
+        ) from None
+
+
+def load_of(args: Arguments, stage: str) -> Load:
+    """What a stage asks for with one row a pass; a reward model's pass has all completions of a prompt."""
+    bits = 4 if args.load_in_4bit else 8 if args.load_in_8bit else 16 if args.dtype == "bfloat16" else 32
+    lora = LoraConfig(r=args.lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
+    ppo = stage == "ppo_ptx"
+    return Load(
+        stage=stage,
+        rows=args.completions if stage == "reward" else 1,
+        prompt=args.prompt,
+        completion=args.completion,
+        sampled=1 if ppo else 0,
+        ptx_length=args.prompt + args.completion if ppo else 0,
+        lora=None if args.full else lora,
+        bits=bits,
+        compute=getattr(torch, args.dtype),
+        checkpointing=args.gradient_checkpointing,
+        state_bytes=2 if "8bit" in args.optim else 8,
+        cuda=args.gpu is not None or torch.cuda.is_available(),
+    )
+
+
+@dataclass
+class Stage:
+    """A planned stage: what fits, and what it then takes."""
+
+    name: str
+    load: Load  # as it will run, or with one row where nothing fits
+    fits: int  # rows a pass: sequences, or a reward model's prompts
+    length: int  # longest prompt and completion, tokens, with one row
+    parts: dict[str, int]
+
+
+def plan(config: PreTrainedConfig, args: Arguments, name: str, limit: int) -> Stage:
+    one = load_of(args, name)
+
+    def rows(n: int) -> Load:
+        return replace(one, rows=n * one.rows)
+
+    def sampled(n: int) -> Load:
+        return replace(rows(max(fits, 1)), sampled=n)
+
+    def length(n: int) -> Load:
+        prompt = n * 64 * args.prompt // (args.prompt + args.completion)
+        return replace(one, prompt=prompt, completion=64 * n - prompt, ptx_length=64 * n if one.ptx_length else 0)
+
+    fits = largest(config, limit, rows, most=MINIBATCH)
+    load = rows(max(fits, 1))
+    if name == "ppo_ptx" and fits:
+        load = sampled(largest(config, limit, sampled, most=8 * MINIBATCH))
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
+    longest = 64 * largest(config, limit, length, most=max(context // 64, 1))
+    return Stage(name, load, fits, longest, predict(config, load))
+
+
+def table(stages: list[Stage], limit: int) -> str:
+    """Peak memory by part, in GB, a column a stage."""
+    lines = [["GB"] + [stage.name for stage in stages]]
+    for part in PARTS:
+        lines.append([part] + [f"{stage.parts[part] / GB:.2f}" for stage in stages])
+    lines.append(["peak"] + [f"{peak(stage.parts) / GB:.2f}" for stage in stages])
+    lines.append([f"of {limit / GB:.1f}"] + ["fits" if stage.fits else _too_large(stage) for stage in stages])
+    lines.append(["rows a pass"] + [str(stage.fits) for stage in stages])
+    lines.append(["sampled at a time"] + [str(stage.load.sampled or "-") for stage in stages])
+    lines.append(["longest, tokens"] + [str(stage.length) for stage in stages])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    rows = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines)
+    return "\n".join("  ".join(cells) for cells in rows)
+
+
+def _too_large(stage: Stage) -> str:
+    part = max(stage.parts, key=stage.parts.get)
+    return f"{part} too large"
+
+
+# Settings for the recipes
+
+
+def settings(args: Arguments, stage: Stage) -> dict[str, Any]:
+    """What `recipes/<stage>.py --config` takes: the paper's batches, in passes that fit."""
+    length, ppo = args.prompt + args.completion, stage.name == "ppo_ptx"
+    batch = 32 if stage.name == "sft" else MINIBATCH
+    rows = max(n for n in range(1, max(stage.fits, 1) + 1) if batch % n == 0)
+    lora = {
+        "use_peft": True,
+        "lora_r": args.lora_r,
+        "lora_alpha": 2 * args.lora_r,
+        "lora_target_modules": "all-linear",
+    }
+    first = stage.name == "sft"
+    values = {
+        "dtype": args.dtype,
+        "load_in_4bit": args.load_in_4bit or None,
+        "load_in_8bit": args.load_in_8bit or None,
+        **(lora if first and not args.full else {}),  # later stages continue or copy the adapter of the first
+        "learning_rate": None if args.full else 1e-4,
+        "num_train_epochs": 2 if first else None,
+        "residual_dropout": 0 if first else None,
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": batch // rows,
+        "max_length": None if ppo else length,
+        "gradient_checkpointing": args.gradient_checkpointing,
+        "optim": args.optim,
+    }
+    if ppo:
+        values |= {
+            "value_learning_rate": None if args.full else 1e-4,
+            "steps_per_generation": 8 * batch // rows,
+            "generation_micro_batch_size": stage.load.sampled,
+            "max_prompt_length": args.prompt,
+            "max_completion_length": args.completion,
+            "ptx_ratio": 1,
+            "ptx_max_length": length,
+        }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def write_settings(args: Arguments, stage: Stage, limit: int) -> Path:
+    file = Path(args.output_dir) / f"{stage.name}.yaml"
+    found = f"{peak(stage.parts) / GB:.2f} of {limit / GB:.1f} GB"
+    head = f"# {args.model}, {stage.name}: predicted peak {found} ({'fits' if stage.fits else _too_large(stage)}).\n"
+    file.write_text(head + yaml.safe_dump(settings(args, stage), sort_keys=False), encoding="utf-8")
+    return file
+
+
+# Hours
+
+
+def seconds_a_token(config: PreTrainedConfig, args: Arguments, rows: int) -> tuple[float, float]:
+    """
+    Of a training pass, and of decoding `rows` completions at a time: measured on models of one and of three layers of
+    this shape with random weights, and carried on to all layers.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    training, decoding = [], []
+    ids = torch.randint(0, config.get_text_config().vocab_size, (1, 256), device=device)
+    for layers in (1, 3):
+        model = short_model(config, args, layers).to(device)
+        training.append(fastest(train_step, model, ids) / 256)
+        model.eval()
+        few, many = (fastest(sample, model, ids[:, :64].expand(rows, -1), tokens) for tokens in (2, 10))
+        decoding.append((many - few) / 8 / rows)
+    more = (config.get_text_config().num_hidden_layers - 1) / 2
+    return tuple(max(few + more * (many - few), 1e-9) for few, many in (training, decoding))
+
+
+def short_model(config: PreTrainedConfig, args: Arguments, layers: int) -> torch.nn.Module:
+    short = copy.deepcopy(config)
+    text = short.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    model = AutoModelForCausalLM.from_config(short, dtype=getattr(torch, args.dtype))
+    return model if args.full else get_peft_model(model, load_of(args, "sft").lora)
+
+
+def train_step(model: torch.nn.Module, ids: torch.Tensor) -> None:
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+
+@torch.no_grad()
+def sample(model: torch.nn.Module, prompts: torch.Tensor, tokens: int) -> None:
+    model.generate(input_ids=prompts, min_new_tokens=tokens, max_new_tokens=tokens, pad_token_id=0)
+
+
+def fastest(work: Callable[..., None], *args: Any) -> float:
+    """Seconds of the fastest of three times."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        work(*args)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def hours(args: Arguments, stage: str, training: float, decoding: float) -> float:
+    """A forward pass counts as a third of a training pass. PPO has four of those, and three training passes."""
+    length = args.prompt + args.completion
+    seconds = {
+        "sft": 2 * args.demonstrations * length * training,
+        "reward": args.rankings * args.completions * length * training,
+        "ppo_ptx": args.episodes * (length * (3 + 4 / 3) * training + args.completion * decoding),
+    }
+    return seconds[stage] / 3600
+
+
+def memory_here() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return psutil.virtual_memory().total
+
+
+def main(argv: list[str]) -> None:
+    (args,) = parse_arguments(argv, (Arguments,))
+    if args.recipe not in STAGES:
+        raise InputError(f"--recipe {args.recipe}: expected one of {', '.join(STAGES)}")
+    check_output_dir(args.output_dir)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    gpu = args.gpu is not None or torch.cuda.is_available()
+    args.dtype = args.dtype or ("bfloat16" if gpu else "float32")
+    limit = int(args.gpu * GB if args.gpu else memory_here())
+    config = read_config(args)
+    stages = []
+    for name in STAGES[: STAGES.index(args.recipe) + 1]:
+        print(f"planning {name} ...", flush=True)
+        stages.append(plan(config, args, name, limit))
+    print(f"\n{args.model}, {args.dtype}, prompts of {args.prompt} and completions of {args.completion} tokens\n")
+    print(table(stages, limit))
+    if args.tokens_per_second:
+        training = decoding = 1 / args.tokens_per_second
+        print(f"\nhours, at {args.tokens_per_second:.0f} tokens a second:", end=" ")
+    else:
+        training, decoding = seconds_a_token(config, args, rows=8)
+        here = (
+            torch.cuda.get_device_name(0)
+            if torch.cuda.is_available()
+            else "this CPU, not the card"
+            if gpu
+            else "this CPU"
+        )
+        print(
+            f"\nhours on {here} ({1 / training:.0f} tokens/s trained, {1 / decoding:.0f} sampled, measured):", end=" "
+        )
+    print(", ".join(f"{stage.name} {hours(args, stage.name, training, decoding):.1f}" for stage in stages))
+    print(f"for {args.demonstrations} demonstrations, {args.rankings} rankings, {args.episodes} episodes\n")
+    for stage in stages:
+        print(f"settings: {write_settings(args, stage, limit)}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,158 @@
+"""Predicted memory against what real tensors take, and measured memory against what was asked for."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_llama
+from peft import get_peft_model
+from ppo_helpers import config, lora, save_reward_model
+from torch import nn
+
+from instructgpt_trl import PPOTrainer, memory
+from instructgpt_trl.memory import PARTS, Load, largest, peak, predict, traced_peak
+from instructgpt_trl.models.roles import Role
+from instructgpt_trl.peak_memory import PeakMemory
+
+SHAPE = dict(hidden=32, num_hidden_layers=6)
+LOAD = Load("ppo_ptx", rows=3, prompt=20, completion=30, sampled=3, ptx_length=64)
+
+
+def test_traced_peak_is_what_is_alive_at_once():
+    given = torch.zeros(10**6)
+
+    def run():
+        a = torch.zeros(1000)  # 4,000 bytes
+        b = a + given[:1000]  # 8,000
+        del a  # 4,000
+        c = torch.zeros(500, dtype=torch.float64)  # 8,000
+        d = b.view(10, 100).t()  # a view takes nothing
+        e = d[:5].half()  # 50 numbers of two bytes: 8,100
+        del b, c, d  # e keeps its own
+        return e, torch.zeros(100)
+
+    assert traced_peak(run) == 8100
+
+
+def real_training_peak(model: nn.Module, load: Load, method) -> int:
+    """Bytes of a pass on real tensors, one row of it padded, behind a first one that made the gradients."""
+    role = Role(model, "default" if load.lora is not None else None, nn.Linear(SHAPE["hidden"], 1))
+    batch = memory._episodes(load.rows, load.prompt, load.completion)
+    batch["completion_lengths"][0] -= 1
+    batch["mask"][0, -1] = False
+    for _ in range(2):
+        found = memory._training_peak(role, lambda: method(role, batch))
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("adapters", [True, False])
+@pytest.mark.parametrize("stage", ["reward", "ppo_ptx"])
+def test_passes_without_data_take_what_real_ones_take(stage, adapters, checkpointing):
+    """Six layers, carried on from one and two."""
+    shape = lora(target_modules="all-linear", task_type="CAUSAL_LM") if adapters else None
+    load = replace(LOAD, stage=stage, lora=shape, checkpointing=checkpointing, ptx_length=0)
+    model = make_llama(**SHAPE, vocab=5000)
+    settings = copy.deepcopy(model.config)
+    memory.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    network = get_peft_model(model, shape) if adapters else model
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        if adapters:
+            network.enable_input_require_grads()
+    network.train()
+    methods = {
+        "reward": [memory._scores],
+        "ppo_ptx": [lambda role, batch: role.values(batch)[0], lambda role, batch: role.logprobs(batch)[0]],
+    }[stage]
+    expected = max(real_training_peak(network, load, method) for method in methods)
+    parts = predict(settings, load)
+    assert parts["activations"] + parts["logits chunk"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("adapters", [True, False])
+def test_what_is_always_there_is_what_the_trainer_holds(folders, tmp_path, prompts, texts, adapters):
+    if adapters:
+        reward, policy = save_reward_model(folders.base, tmp_path / "reward", adapter=True, r=2), folders.sft
+    else:
+        reward, policy = folders.reward_full, folders.base
+    args = config(tmp_path, max_steps=1)
+    trainer = PPOTrainer(policy, reward_model=reward, args=args, train_dataset=prompts, ptx_dataset=texts)
+    trainer.train()
+    held = {id(t): t for role in trainer.roles for t in (*role.network.parameters(), *role.network.buffers())}
+    held |= {id(p): p for role in trainer.roles if role.head is not None for p in role.head.parameters()}
+    held |= {id(t): t for t in trainer.ema.averages.values()}
+    trained = [*trainer._policy_parameters.values(), *trainer._value_parameters.values()]
+    before_ptx = [p for p in trainer._policy_parameters.values()]
+    states = [t for state in trainer.optimizer.state.values() for t in state.values() if t.dim()]
+    parts = predict(make_llama().config, replace(LOAD, lora=lora(task_type="CAUSAL_LM") if adapters else None))
+    # A copied network shares a buffer of its rotary embedding, of 16 bytes
+    assert parts["base"] + parts["adapters and heads"] == pytest.approx(size(held.values()), rel=1e-3)
+    assert parts["gradients"] == size(trained) + size(before_ptx)
+    assert parts["optimizer"] == size(states)
+
+
+def size(tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def test_a_quantised_base_takes_what_bitsandbytes_takes():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = torch.randn(256, 512)
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    scales = state.absmax.numel() + state.state2.absmax.numel() * 4
+    shape = lora(target_modules="all-linear", task_type="CAUSAL_LM")
+    linear = memory._Packed(nn.Linear(512, 256, bias=False, device="meta"), replace(LOAD, lora=shape, bits=4))
+    assert linear.weight.numel() == packed.numel() + scales
+    model = make_llama(**SHAPE, vocab=5000)
+    whole, less = (predict(model.config, replace(LOAD, lora=shape, bits=bits))["base"] for bits in (32, 4))
+    linears = sum(m.weight.numel() for m in model.model.modules() if isinstance(m, nn.Linear))
+    assert whole - less == pytest.approx(linears * (4 - 0.5 - 1 / 64), rel=1e-3)
+
+
+def test_the_vocabulary_costs_the_head_and_what_sampling_needs():
+    """Issue: beyond the head itself, no tensor of batch x time x vocabulary."""
+    shape = lora(target_modules="all-linear", task_type="CAUSAL_LM")
+    small, large = (
+        predict(make_llama(hidden=32, vocab=vocab).config, replace(LOAD, lora=shape)) for vocab in (4096, 65536)
+    )
+    assert large["activations"] == small["activations"]
+    assert large["logits chunk"] == small["logits chunk"]
+    buffers = LOAD.sampled * (65536 - 4096) * 4
+    assert large["sampling"] - small["sampling"] <= 3 * buffers
+
+
+def test_the_largest_load_fits_and_the_next_one_does_not():
+    settings = make_llama(hidden=32).config
+    shape = lora(target_modules="all-linear", task_type="CAUSAL_LM")
+
+    def load(n: int) -> Load:
+        return replace(LOAD, stage="reward", rows=n, lora=shape, checkpointing=False)
+
+    for rows in (1, 50):
+        limit = peak(predict(settings, load(rows))) + 1
+        assert largest(settings, limit, load) == rows
+    assert largest(settings, 1000, load) == 0
+    assert largest(settings, 10**9, load, most=5) == 5
+
+
+def test_measured_memory_is_what_was_taken_and_the_peak_of_it():
+    with PeakMemory(interval=0.002) as measured:
+        taken = torch.ones(64 * 2**20 // 4)
+        torch.mm(torch.ones(800, 800), torch.ones(800, 800))
+        del taken
+        for _ in range(30):
+            torch.mm(torch.ones(800, 800), torch.ones(800, 800))
+    assert 64 <= measured.bytes / 2**20 <= 100
+
+
+def test_on_a_gpu_the_head_has_trls_tile_and_there_is_a_context():
+    """A tile of 32,768 words for each of 3 x 49 positions, and the gradient of their hidden states."""
+    shape = lora(target_modules="all-linear", task_type="CAUSAL_LM")
+    here, gpu = (
+        predict(make_llama(vocab=65536).config, replace(LOAD, lora=shape, cuda=cuda)) for cuda in (False, True)
+    )
+    assert gpu["context"] > here["context"] > 0
+    assert gpu["logits chunk"] >= LOAD.rows * 49 * 32768 * 4
+    assert {part: gpu[part] for part in PARTS[:5]} == {part: here[part] for part in PARTS[:5]}
