@@ -1,10 +1,10 @@
 """
 How much memory a stage takes, predicted without the model's weights.
 
-The passes of a stage are run as the trainers run them, with the same roles and the same LM head, on
-tensors that have shapes and no data, and the bytes alive at once are counted. That is done for one and for two layers
-(of each kind, where a model has several in turn) and carried on to the model's number, since every layer takes the
-same. What is there all the time (weights, gradients, optimizer states) is counted from shapes.
+The passes of a stage are run as the trainers run them, with the same roles and the same LM head, on tensors that have
+shapes and no data, and the bytes alive at once are counted. That is done for one and for two layers (of each kind,
+where a model has several in turn) and carried on to the model's number, since every layer takes the same. What is
+there all the time (weights, gradients, optimizer states) is counted from shapes.
 """
 
 import copy
@@ -29,7 +29,7 @@ from .data.episodes import Episodes, attention_mask
 from .models.reward_network import last_token_scores
 from .models.roles import Role, adapter_parameters
 
-__all__ = ["PARTS", "STAGES", "Load", "largest", "peak", "predict", "traced_peak"]
+__all__ = ["PARTS", "STAGES", "Load", "largest", "peak", "predict", "shortened", "traced_peak"]
 
 STAGES = ("sft", "reward", "ppo_ptx")
 PARTS = ("base", "adapters and heads", "gradients", "optimizer", "activations", "logits chunk", "sampling", "context")
@@ -112,18 +112,30 @@ def peak(parts: dict[str, int]) -> int:
 
 def largest(config: PreTrainedConfig, limit: int, load_of: Callable[[int], Load], most: int = 4096) -> int:
     """The largest `n` up to `most` whose load, `load_of(n)`, fits `limit` bytes; 0 if not even 1 does."""
-    below, above = 0, most + 1  # `below` fits, `above` does not
-    known = {}
-    guess = 1
+    known: dict[int, int] = {}
+    below, above, guess = 0, most + 1, 1  # `below` fits, `above` does not
     while above - below > 1:
         known[guess] = peak(predict(config, load_of(guess)))
         below, above = (guess, above) if known[guess] <= limit else (below, guess)
-        # Straight through the last two that are known: mostly it is a line
-        ends = sorted(known)[:1] + [guess] if len(known) > 1 else [guess]
-        slope = (known[ends[-1]] - known[ends[0]]) / max(ends[-1] - ends[0], 1)
-        guess = guess + int((limit - known[guess]) // slope) if slope > 0 else 2 * guess
-        guess = min(max(guess, below + 1), above - 1)
+        guess = min(max(_next_guess(known, limit), below + 1), above - 1)
     return below
+
+
+def _next_guess(known: dict[int, int], limit: int) -> int:
+    """
+    Where to look next: where a line through two that are known meets `limit`, since bytes grow as a line does once one
+    part is the largest. Best are two that do not fit. With one, the line cuts a corner where another part takes over,
+    so that after two neighbours that fit the middle is next.
+    """
+    if len(known) == 1:
+        return 2
+    over = sorted(n for n in known if known[n] > limit)
+    under = sorted(n for n in known if known[n] <= limit)
+    if len(over) == 1 and under[-2:] == [under[-1] - 1, under[-1]]:
+        return (under[-1] + over[0]) // 2
+    first, second = over[:2] if len(over) > 1 else (under + over)[-2:]
+    slope = (known[second] - known[first]) / (second - first)
+    return first + int((limit - known[first]) // slope) if slope > 0 else 4 * second
 
 
 # Weights
@@ -134,7 +146,7 @@ def _parts(config: PreTrainedConfig, load: Load, layers: int, embeddings: bool) 
     Bytes by part of a model of so many layers, and "whole", those of a pass with the LM head. Without `embeddings` no
     gradient of these is made.
     """
-    config = _shortened(config, layers)
+    config = shortened(config, layers)
     if not embeddings:
         config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
     network, model = _build(config, load)
@@ -255,7 +267,8 @@ def _passes(network: nn.Module, model: PreTrainedModel, load: Load) -> dict[str,
         return {"activations": backbone, "whole": whole, "sampling": sampling}
 
 
-def _shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+def shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """A copy of `config` with its first `layers` layers only."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = layers

@@ -22,7 +22,6 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    ProcessorMixin,
     TrainerCallback,
 )
 from transformers.utils import logging
@@ -31,8 +30,8 @@ from trl import RLOOTrainer
 from ._trl import add_fused_lm_head, get_config_model_id, preserved_rng
 from .data import InputError, check_output_dir, check_rows, check_tokenizers, encode_prompt
 from .data.completions import CompletionsFile
+from .data.encoding import turn_end
 from .data.episodes import Episodes, pad_episodes, take_rows
-from .data.formats import turn_end
 from .data.pretraining import PretrainingStream, as_episodes
 from .data.prompts import check_prompts, drop_long_prompts
 from .functional import gae, policy_loss, token_rewards, value_loss, whiten
@@ -40,7 +39,7 @@ from .models.ema import EMA
 from .models.guards import stop_unless_finite
 from .models.limits import RowLimit, give_back_freed_memory
 from .models.loading import context_length, float32_adapters, load_policy, load_tokenizer, warn_beyond_context
-from .models.reward_model import reward_parts
+from .models.reward_parts import reward_parts
 from .models.rewards import ModelReward, all_rewards, finite_reward, is_model
 from .models.roles import (
     Role,
@@ -50,7 +49,9 @@ from .models.roles import (
     load_parameters,
     save_parameters,
 )
+from .ppo_checks import check_arguments, check_batches, check_generation, check_process, too_small
 from .ppo_config import PPOConfig
+from .ppo_metrics import completion_rows, explained_variance, per_completion, spread
 
 logger = logging.get_logger(__name__)
 
@@ -129,9 +130,9 @@ class PPOTrainer(RLOOTrainer):
     ):
         model = os.fspath(model) if isinstance(model, os.PathLike) else model
         rewards = all_rewards(reward_funcs, reward_model)
-        _check_arguments(model, args, rewards, train_dataset, processing_class, optimizers)
+        check_arguments(model, args, rewards, train_dataset, processing_class, optimizers)
         args = args or PPOConfig(f"{_name_of(model)}-PPO")
-        _check_process(args, len(rewards))
+        check_process(args, len(rewards))
         train_dataset = check_prompts(train_dataset, "train_dataset")
         eval_dataset = _each(eval_dataset, check_prompts)
         if ptx_dataset is not None:
@@ -158,7 +159,7 @@ class PPOTrainer(RLOOTrainer):
                 check_tokenizers(
                     processing_class, part.tokenizer, ("the policy", part.path or f"reward model {index}")
                 )
-            _check_generation(args, isinstance(model, PeftModel) or peft_config is not None)
+            check_generation(args, isinstance(model, PeftModel) or peft_config is not None)
             warn_beyond_context(model.config, args.max_prompt_length, args.max_completion_length)
             template = args.chat_template_kwargs or {}
             self._short = partial(
@@ -166,7 +167,7 @@ class PPOTrainer(RLOOTrainer):
             )
             train_dataset = self._short(train_dataset, "train_dataset")
             eval_dataset = _each(eval_dataset, self._short)
-            _check_batches(args, train_dataset)
+            check_batches(args, train_dataset)
 
             beta, args.beta = args.beta, 0.0  # the parent would load its reference from disk; ours copies the policy
             with float32_adapters(model):
@@ -306,7 +307,7 @@ class PPOTrainer(RLOOTrainer):
         set_seed(self.args.seed)
         output = super().train(*args, **kwargs)
         if self.state.global_step == 0 and isinstance(self.train_dataset, IterableDataset):  # not known before
-            raise InputError(_too_small(self.args, "fewer prompts"))
+            raise InputError(too_small(self.args, "fewer prompts"))
         return output
 
     # Rollout: the algorithm's table of contents
@@ -329,8 +330,7 @@ class PPOTrainer(RLOOTrainer):
         advantages, returns = gae(rewards, values, episodes["mask"], self.args.gamma, self.args.lam)
         kl = torch.where(episodes["mask"], logprobs - ref_logprobs, 0.0).sum(1)
         kl[~episodes["mask"].any(1)] = torch.nan  # nothing of it counts
-        self._log_rollout(episodes, entropies, kl, scores, score_parts, values, returns)
-        self._log_completions(rows, score_parts, scores, kl, advantages)
+        self._log_rollout(episodes, rows, entropies, kl, scores, score_parts, values, returns, advantages)
         self._adapt_kl_coef(kl)
         if self.args.normalize_advantages:
             advantages = whiten(advantages, episodes["mask"])
@@ -555,41 +555,42 @@ class PPOTrainer(RLOOTrainer):
 
     # Metrics and completions
 
-    def _log_rollout(self, episodes, entropies, kl, scores, parts, values, returns) -> None:
+    def _log_rollout(self, episodes, rows, entropies, kl, scores, parts, values, returns, advantages) -> None:
         mode = "train" if self.model.training else "eval"
         metrics, mask = self._metrics[mode], episodes["mask"]
-        per_row = {  # one entry a completion: the parent's mean over entries is the mean over completions
-            "objective/kl": kl,
-            "objective/scores": scores,
-            "objective/rlhf_reward": scores - self.kl_coef * kl,
-            "objective/entropy": torch.where(mask, entropies, 0.0).sum(1) / mask.sum(1),
-            "completions/eos_rate": episodes["ended"].float(),
-            "completions/mean_length": episodes["completion_lengths"].float(),
-        } | {f"rewards/{name}/mean": column for name, column in zip(self.reward_func_names, parts.T, strict=True)}
+        of_functions = dict(zip(self.reward_func_names, parts.T, strict=True))
         metrics["completions/mean_length"].pop()  # the parent's, a mean of the batch, which may be the small last one
-        if self.roles.reference is None:
-            del per_row["objective/kl"]
-        for name, rows in per_row.items():
-            metrics[name].extend(rows.tolist())
+        kl = kl if self.roles.reference else None
+        per_row = per_completion(episodes, entropies, kl, scores, self.kl_coef)
+        for name, column in (per_row | {f"rewards/{name}/mean": x for name, x in of_functions.items()}).items():
+            metrics[name].extend(column.tolist())  # the parent's mean over entries is the mean over completions
         metrics["objective/kl_coef"].append(self.kl_coef)
         self._tokens[mode].append(torch.stack([returns[mask], values[mask]]).cpu())
         for name, numbers in self._pending_metrics.items():  # what reward functions gave to `log_metric`
             metrics[name].extend(numbers)
         self._pending_metrics.clear()
+        self._logs["prompt"].extend(row["prompt"] for row in rows)
+        self._logs["completion"].extend(row["completion"] for row in rows)
+        self._logs["advantages"].extend(advantages.sum(1).tolist())
+        for name, column in of_functions.items():
+            self._logs["rewards"][name].extend(column.tolist())
+        for name, column in self._pending_extra_logs.items():  # and to `log_extra`
+            self._logs["extra"][name].extend(column)
+        self._pending_extra_logs.clear()
+        if self.args.save_completions:
+            where = {"step": self.state.global_step}
+            if mode == "eval" and self._evaluated:
+                where["dataset"] = self._evaluated
+            self._files[mode].append(completion_rows(where, rows, scores, kl, of_functions))
 
     def _log_spread(self, mode: str) -> None:
         """What is not a mean: these two are of all completions since the last log, not means over batches."""
         metrics = self._metrics[mode]
-        scores = torch.tensor(metrics.get("objective/scores", []))
-        scores = scores[~scores.isnan()]
-        if len(scores):
-            metrics["objective/scores_std"] = [scores.std(correction=0).item()]
+        found = {"objective/scores_std": spread(metrics.get("objective/scores", []))}
         if self._tokens[mode]:
-            returns, values = torch.cat(self._tokens[mode], dim=1)
+            found["value/explained_variance"] = explained_variance(*torch.cat(self._tokens[mode], dim=1))
             self._tokens[mode].clear()
-            if len(returns) and returns.var(correction=0) > 0:
-                explained = 1 - (returns - values).var(correction=0) / returns.var(correction=0)
-                metrics["value/explained_variance"] = [explained.item()]
+        metrics.update({name: [value] for name, value in found.items() if value is not None})
 
     def _adapt_kl_coef(self, kl: torch.Tensor) -> None:
         """[L] AdaptiveKLController: raise `beta` while the KL is over its target, lower it while it is under."""
@@ -597,33 +598,6 @@ class PPOTrainer(RLOOTrainer):
         if self.args.kl_target is not None and self.model.training and len(kl):
             error = max(-0.2, min(0.2, kl.mean().item() / self.args.kl_target - 1))
             self.kl_coef *= 1 + error * len(kl) / self.args.kl_horizon
-
-    def _log_completions(self, rows, score_parts, scores, kl, advantages) -> None:
-        self._logs["prompt"].extend(row["prompt"] for row in rows)
-        self._logs["completion"].extend(row["completion"] for row in rows)
-        self._logs["advantages"].extend(advantages.sum(1).tolist())
-        parts = dict(zip(self.reward_func_names, score_parts.T, strict=True))
-        for name, column in parts.items():
-            self._logs["rewards"][name].extend(column.tolist())
-        for column, values in self._pending_extra_logs.items():  # and to `log_extra`
-            self._logs["extra"][column].extend(values)
-        self._pending_extra_logs.clear()
-        if not self.args.save_completions:
-            return
-        training = self.model.training
-        where = {} if training or not self._evaluated else {"dataset": self._evaluated}
-        self._files["train" if training else "eval"].append(
-            {
-                "step": self.state.global_step,
-                **where,
-                "prompt": row["prompt"],
-                "completion": row["completion"],
-                "score": _number(scores[i]),
-                "kl": _number(kl[i]) if self.roles.reference else None,
-                "scores": {name: _number(column[i]) for name, column in parts.items()},
-            }
-            for i, row in enumerate(rows)
-        )
 
     def _add(self, name: str, value: torch.Tensor) -> None:
         self._sums[name] += value.detach().item()
@@ -709,10 +683,6 @@ def _restored(owner: Any, *names: str) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _number(x: torch.Tensor) -> float | None:
-    return None if x.isnan() else x.item()
-
-
 def _mean(x: torch.Tensor) -> torch.Tensor:
     return x.mean() if x.numel() else x.new_zeros(())
 
@@ -742,69 +712,3 @@ def _init_kwargs(args: PPOConfig, quantization_config) -> dict[str, Any]:
     if args.device.type == "cuda":  # TRL's default, "auto", would spread it over all of them
         kwargs.setdefault("device_map", {"": args.device})
     return kwargs
-
-
-def _check_arguments(model, args, rewards, train_dataset, processing_class, optimizers) -> None:
-    if not isinstance(model, str | torch.nn.Module):
-        raise InputError(f"model: expected a folder, a hub id or a model, got {type(model).__name__}")
-    if args is not None and not isinstance(args, PPOConfig):
-        raise InputError(f"args: expected a PPOConfig, got {type(args).__name__}")
-    if not rewards:
-        raise InputError("nothing to learn from: give reward_model (what RewardTrainer saved) or reward_funcs")
-    for reward in rewards:
-        if not callable(reward) and not is_model(reward):
-            raise InputError(
-                f"reward_funcs: expected functions, reward models or their folders, got {type(reward).__name__}"
-            )
-    if train_dataset is None:
-        raise InputError("train_dataset is missing; expected rows with the column 'prompt'")
-    if isinstance(processing_class, ProcessorMixin):
-        raise InputError("processing_class: PPOTrainer trains on text; pass a tokenizer, not a processor of images")
-    if optimizers[0] is not None:
-        raise InputError("optimizers: the trainer builds its optimizer over two models; set optim and learning rates")
-
-
-def _check_process(args: PPOConfig, rewards: int) -> None:
-    if args.world_size > 1 or args.n_gpu > 1:
-        raise InputError(
-            f"PPOTrainer runs in one process on one GPU, got {args.world_size} processes with {args.n_gpu} GPUs each; "
-            f"launch with --num_processes 1 and show it one GPU with CUDA_VISIBLE_DEVICES=0"
-        )
-    if args.distributed_state is not None and args.distributed_state.distributed_type in ("DEEPSPEED", "FSDP"):
-        raise InputError(
-            f"PPOTrainer keeps its gradients itself and does not run under {args.distributed_state.distributed_type}; "
-            f"launch with plain python"
-        )
-    weights = args.reward_weights
-    if weights is not None and len(weights) != rewards:
-        raise InputError(
-            f"reward_weights: expected {rewards} numbers, those of reward_model first and then those of reward_funcs, "
-            f"got {len(weights)}"
-        )
-
-
-def _check_generation(args: PPOConfig, has_adapters: bool) -> None:
-    if args.use_vllm and has_adapters:
-        raise InputError(
-            "use_vllm: TRL merges the adapter into the base for it and back, which is not exact, and reference, "
-            "reward model and value model stand on that base; leave it out, or train all weights"
-        )
-    if args.use_vllm and args.generation_micro_batch_size:
-        raise InputError("generation_micro_batch_size: vLLM makes its batches itself; leave it out")
-    if args.use_transformers_continuous_batching and (args.bf16 or args.fp16):
-        raise InputError(
-            "use_transformers_continuous_batching: TRL casts the whole policy for it, and adapters stay float32 here; "
-            "leave it out, or set bf16 and fp16 to false"
-        )
-
-
-def _check_batches(args: PPOConfig, dataset) -> None:
-    if isinstance(dataset, Dataset) and len(dataset) < args.generation_batch_size // args.num_generations:
-        raise InputError(_too_small(args, f"{len(dataset)} prompts"))
-
-
-def _too_small(args: PPOConfig, what: str) -> str:
-    return (
-        f"train_dataset has {what}, less than one batch of {args.generation_batch_size // args.num_generations}; add "
-        f"prompts or lower steps_per_generation or per_device_train_batch_size"
-    )

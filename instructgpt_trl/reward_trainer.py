@@ -20,16 +20,9 @@ from .data.rankings import DataCollatorForRanking, check_rankings, prepare_ranki
 from .functional import _untied_pairs, ranking_loss
 from .models.guards import stop_unless_finite
 from .models.loading import float32_adapters, is_adapter, keep_gradients, load_tokenizer
-from .models.reward_model import (
-    RewardModel,
-    adapter_base,
-    forget_reward_config,
-    head_of,
-    load_reward_network,
-    pool_by_length,
-    read_reward_config,
-    scalar_config,
-)
+from .models.reward_folder import forget_reward_config, read_reward_config
+from .models.reward_model import RewardModel
+from .models.reward_network import adapter_base, head_of, load_reward_network, pool_by_length, scalar_config
 from .reward_config import RewardConfig
 
 logger = logging.getLogger(__name__)

@@ -16,6 +16,8 @@ from typing import Any
 
 # Which of its kernels bitsandbytes did not find is no news for who did not ask for 4 bits, and it tells when imported
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# TRL and PEFT use these old names by themselves
+warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing\\w*` is deprecated", FutureWarning)
 # ruff: noqa: E402
 
 import torch
@@ -155,9 +157,7 @@ def parse_arguments(argv: list[str], classes: tuple[type, ...], **defaults: Any)
     parser.refuse_unknown([word.split("=")[0] for word in argv if word.startswith("--")], ["--config", *options])
     file = argv[argv.index("--config") + 1] if "--config" in argv else None
     try:
-        with warnings.catch_warnings():  # about a default of TRL's, which nobody asked for
-            warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
-            parsed = parser.parse_args_and_config(argv)
+        parsed = parser.parse_args_and_config(argv)
     except OSError as error:
         raise InputError(f"--config {file}: {error.strerror}; give the path of a YAML file") from None
     except (ValueError, YAMLError) as error:
@@ -236,7 +236,10 @@ def next_command(args: DataArguments, output_dir: str, recipe: str, **flags: str
 
 @contextmanager
 def watched_memory(config: TrainingArguments, model: ModelConfig, **sizes: Any) -> Iterator[None]:
-    """Say the predicted peak of memory and, after what happens inside, the measured one. `sizes` is for `Load`."""
+    """
+    Say the predicted peak of memory and, after what happens inside, the measured one. `sizes` is for `Load`; without
+    lengths among them, the longest row is `max_length`, all of it as if it were a completion.
+    """
 
     def say(text: str) -> None:  # where progress bars go
         print("memory:", text, file=sys.stderr, flush=True)
@@ -254,12 +257,9 @@ def watched_memory(config: TrainingArguments, model: ModelConfig, **sizes: Any) 
     say(f"peak {measured.bytes / 1e9:.2f} GB, {predicted}")
 
 
-def lengths(config: TrainingArguments) -> dict[str, int]:
-    """Of the longest row of SFT and of a reward model, all of it as if it were a completion."""
-    return {"prompt": 1, "completion": (config.max_length or 1024) - 1}
-
-
 def _load_of(config: TrainingArguments, model: ModelConfig, sizes: dict[str, Any]) -> Load:
+    if "completion" not in sizes:
+        sizes = {**sizes, "prompt": 1, "completion": (config.max_length or 1024) - 1}
     bits = 4 if model.load_in_4bit else 8 if model.load_in_8bit else 16 if "16" in str(model.dtype) else 32
     folder = Path(model.model_name_or_path)
     adapter = PeftConfig.from_pretrained(folder) if (folder / "adapter_config.json").is_file() else None

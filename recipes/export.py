@@ -33,8 +33,8 @@ class Arguments(ModelArguments):
     output_dir: str = field(metadata={"help": "Where the merged model goes."})
     texts: str | None = field(default=None, metadata={"help": "Texts to compare log-probs on: .txt, or rows of text."})
     tolerance: float = field(
-        default=0.05,
-        metadata={"help": "Largest mean difference of log-probs, nats a token, that counts as agreement."},
+        default=0.1,
+        metadata={"help": "Largest mean difference of log-probs, nats a token; in bfloat16 rounding alone is 0.05."},
     )
 
 

@@ -9,7 +9,6 @@ YAML files that the recipes take with `--config`. Hours come from a rate measure
 shape; `--tokens_per_second` (forward and backward, from a run's log) replaces it for another machine.
 """
 
-import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -20,11 +19,11 @@ import psutil
 import torch
 import yaml
 from common import ModelArguments, parse_arguments, run
-from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
 from instructgpt_trl.data import InputError, check_output_dir
-from instructgpt_trl.memory import PARTS, STAGES, Load, largest, peak, predict
+from instructgpt_trl.memory import PARTS, STAGES, Load, largest, peak, predict, shortened
 
 GB = 1e9
 MINIBATCH = 64  # [P C.2, C.4]
@@ -200,24 +199,18 @@ def seconds_a_token(config: PreTrainedConfig, args: Arguments, rows: int) -> tup
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     training, decoding = [], []
-    ids = torch.randint(0, config.get_text_config().vocab_size, (1, 256), device=device)
+    ids = torch.zeros((1, 256), dtype=torch.long, device=device)
     for layers in (1, 3):
         model = short_model(config, args, layers).to(device)
         training.append(fastest(train_step, model, ids) / 256)
-        model.eval()
-        few, many = (fastest(sample, model, ids[:, :64].expand(rows, -1), tokens) for tokens in (2, 10))
-        decoding.append((many - few) / 8 / rows)
+        cache = prefilled(model.eval(), ids.expand(rows, -1))
+        decoding.append(fastest(decode, model, ids[:, :1].expand(rows, -1), cache) / rows)
     more = (config.get_text_config().num_hidden_layers - 1) / 2
     return tuple(max(few + more * (many - few), 1e-9) for few, many in (training, decoding))
 
 
 def short_model(config: PreTrainedConfig, args: Arguments, layers: int) -> torch.nn.Module:
-    short = copy.deepcopy(config)
-    text = short.get_text_config()
-    text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
-    model = AutoModelForCausalLM.from_config(short, dtype=getattr(torch, args.dtype))
+    model = AutoModelForCausalLM.from_config(shortened(config, layers), dtype=getattr(torch, args.dtype))
     return model if args.full else get_peft_model(model, load_of(args, "sft").lora)
 
 
@@ -226,14 +219,22 @@ def train_step(model: torch.nn.Module, ids: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def sample(model: torch.nn.Module, prompts: torch.Tensor, tokens: int) -> None:
-    model.generate(input_ids=prompts, min_new_tokens=tokens, max_new_tokens=tokens, pad_token_id=0)
+def prefilled(model: torch.nn.Module, prompts: torch.Tensor) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    backbone = (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
+    backbone(input_ids=prompts, past_key_values=cache, use_cache=True)
+    return cache
+
+
+@torch.no_grad()
+def decode(model: torch.nn.Module, tokens: torch.Tensor, cache: DynamicCache) -> None:
+    model(input_ids=tokens, past_key_values=cache, use_cache=True)
 
 
 def fastest(work: Callable[..., None], *args: Any) -> float:
-    """Seconds of the fastest of three times."""
+    """Seconds of the fastest of five times."""
     seconds = []
-    for _ in range(3):
+    for _ in range(5):
         start = time.perf_counter()
         work(*args)
         if torch.cuda.is_available():
@@ -251,6 +252,12 @@ def hours(args: Arguments, stage: str, training: float, decoding: float) -> floa
         "ppo_ptx": args.episodes * (length * (3 + 4 / 3) * training + args.completion * decoding),
     }
     return seconds[stage] / 3600
+
+
+def device_here(planned_for_gpu: bool) -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    return "this CPU, not the card" if planned_for_gpu else "this CPU"
 
 
 def memory_here() -> float:
@@ -280,16 +287,8 @@ def main(argv: list[str]) -> None:
         print(f"\nhours, at {args.tokens_per_second:.0f} tokens a second:", end=" ")
     else:
         training, decoding = seconds_a_token(config, args, rows=8)
-        here = (
-            torch.cuda.get_device_name(0)
-            if torch.cuda.is_available()
-            else "this CPU, not the card"
-            if gpu
-            else "this CPU"
-        )
-        print(
-            f"\nhours on {here} ({1 / training:.0f} tokens/s trained, {1 / decoding:.0f} sampled, measured):", end=" "
-        )
+        rates = f"{1 / training:.0f} tokens/s trained, {1 / decoding:.0f} sampled, measured"
+        print(f"\nhours on {device_here(gpu)} ({rates}):", end=" ")
     print(", ".join(f"{stage.name} {hours(args, stage.name, training, decoding):.1f}" for stage in stages))
     print(f"for {args.demonstrations} demonstrations, {args.rankings} rankings, {args.episodes} episodes\n")
     for stage in stages:

@@ -16,7 +16,6 @@ from common import (
     DataArguments,
     final_evaluation,
     finish,
-    lengths,
     next_command,
     parse,
     read,
@@ -44,7 +43,7 @@ def main(argv: list[str]) -> None:
     args, config, model = parse(argv, Arguments, RewardConfig, output_dir="runs/reward")
     rankings, held_out = read_and_split(args, config, "ranking")
     rows = config.per_device_train_batch_size * max(len(ranks) for ranks in rankings["ranks"])
-    with watched_memory(config, model, **lengths(config), stage="reward", rows=rows):
+    with watched_memory(config, model, stage="reward", rows=rows):
         trainer = RewardTrainer(
             model=model.model_name_or_path,
             args=config,

@@ -14,7 +14,6 @@ from common import (
     DataArguments,
     final_evaluation,
     finish,
-    lengths,
     next_command,
     parse,
     read,
@@ -43,7 +42,7 @@ class Arguments(DataArguments):
 def main(argv: list[str]) -> None:
     args, config, model = parse(argv, Arguments, SFTConfig, output_dir="runs/sft")
     demonstrations, held_out = read_and_split(args, config, "demonstration")
-    with watched_memory(config, model, **lengths(config), stage="sft", rows=config.per_device_train_batch_size):
+    with watched_memory(config, model, stage="sft", rows=config.per_device_train_batch_size):
         trainer = SFTTrainer(
             model=model.model_name_or_path,
             args=config,

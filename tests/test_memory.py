@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import make_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import get_peft_model
 from ppo_helpers import config, lora, save_reward_model
 from torch import nn
@@ -124,17 +126,37 @@ def test_the_vocabulary_costs_the_head_and_what_sampling_needs():
 
 
 def test_the_largest_load_fits_and_the_next_one_does_not():
-    settings = make_llama(hidden=32).config
+    shape_config = make_llama(hidden=32).config
     shape = lora(target_modules="all-linear", task_type="CAUSAL_LM")
 
     def load(n: int) -> Load:
         return replace(LOAD, stage="reward", rows=n, lora=shape, checkpointing=False)
 
     for rows in (1, 50):
-        limit = peak(predict(settings, load(rows))) + 1
-        assert largest(settings, limit, load) == rows
-    assert largest(settings, 1000, load) == 0
-    assert largest(settings, 10**9, load, most=5) == 5
+        limit = peak(predict(shape_config, load(rows))) + 1
+        assert largest(shape_config, limit, load) == rows
+    assert largest(shape_config, 1000, load) == 0
+    assert largest(shape_config, 10**9, load, most=5) == 5
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.integers(0, 500)), min_size=1, max_size=3),
+    st.integers(0, 1),
+    st.integers(0, 20_000),
+    st.sampled_from([1, 5, 64, 512]),
+)
+def test_the_largest_is_found_in_few_steps_wherever_another_part_takes_over(lines, bent, limit, most):
+    def size(n: int) -> int:
+        return max(slope * n + start for slope, start in lines) + bent * n * n
+
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "predict", lambda config, n: {"n": n, "asked": asked.append(n)})
+        patch.setattr(memory, "peak", lambda parts: size(parts["n"]))
+        found = largest(None, limit, lambda n: n, most)
+    assert found == max((n for n in range(1, most + 1) if size(n) <= limit), default=0)
+    assert len(asked) == len(set(asked)) <= 12
 
 
 def test_measured_memory_is_what_was_taken_and_the_peak_of_it():

@@ -22,16 +22,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from instructgpt_trl import RewardModel
 from instructgpt_trl.data import InputError
 from instructgpt_trl.models import reward_network
-from instructgpt_trl.models.reward_model import (
+from instructgpt_trl.models.reward_folder import read_reward_config, write_reward_config
+from instructgpt_trl.models.reward_network import (
     head_of,
     init_head,
     last_token_scores,
     load_reward_network,
     pool_by_length,
-    read_reward_config,
-    reward_parts,
-    write_reward_config,
 )
+from instructgpt_trl.models.reward_parts import reward_parts
 
 EOS = 257
 PROMPTS = ["p: ", "a longer prompt: ", "", "q: "]

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from instructgpt_trl import RewardConfig, RewardModel, RewardTrainer
 from instructgpt_trl.data import InputError
-from instructgpt_trl.models.reward_model import head_of
+from instructgpt_trl.models.reward_network import head_of
 
 EOS = 257
 

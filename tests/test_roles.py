@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from instructgpt_trl._trl import add_fused_lm_head
 from instructgpt_trl.data import InputError
 from instructgpt_trl.data.episodes import pad_episodes
-from instructgpt_trl.models.reward_model import RewardModel, reward_parts
+from instructgpt_trl.models.reward_model import RewardModel
+from instructgpt_trl.models.reward_parts import reward_parts
 from instructgpt_trl.models.roles import build_roles, load_parameters, save_parameters
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]

@@ -1,21 +1,19 @@
-"""Rows: which columns each stage reads, how they are loaded, checked and turned into token ids.
+"""
+Rows: which columns each stage reads, and how they are loaded and checked. Every stage takes its rows through here.
 
-Every stage takes its rows through this file, so that the reward model, the policy and the scorer see the same ids.
 A mistake in the input raises [`InputError`] with one line: where it is, what was expected, and the fix.
 """
 
 import json
 import math
 import os
-import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase
-from trl import extract_prompt, pack_dataset
+from trl import extract_prompt
 
 from .files import READERS, InputError, load_arrow
 
@@ -233,98 +231,6 @@ def as_conversations(dataset: Dataset) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text, **template_kwargs: Any) -> list[int]:
-    """
-    Token ids of a prompt, as generation, reward-model training, PPO and scoring all see it: a string with the
-    tokenizer's own special tokens, a conversation through the chat template with the generation prompt.
-    """
-    if isinstance(prompt, str):
-        ids = list(tokenizer(prompt)["input_ids"])
-        # Some tokenizers end every text with EOS; a prompt goes on
-        if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
-            ids.pop()
-        return ids
-    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **template_kwargs)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def encode_completion(
-    tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text, **template_kwargs: Any
-) -> list[int]:
-    """
-    Token ids of a completion, encoded apart from its prompt and ending where the policy stops: at EOS, or at the
-    special token that ends a turn under the chat template (Gemma's `<end_of_turn>`). What the template puts behind
-    it is cut.
-
-    Raises:
-        [`InputError`]: the tokenizer has no EOS token, or the template rewrites the prompt once an answer follows.
-    """
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise InputError("the tokenizer has no EOS token; set tokenizer.eos_token before training")
-    if isinstance(prompt, str):
-        ids = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
-        return ids if ids and ids[-1] == eos else [*ids, eos]
-    if isinstance(completion, str):
-        completion = [{"role": "assistant", "content": completion}]
-    before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **template_kwargs)
-    whole = tokenizer.apply_chat_template(prompt + completion, tokenize=False, **template_kwargs)
-    if not whole.startswith(before):
-        raise InputError(
-            "the chat template renders the prompt differently once an answer follows it, so prompt and completion "
-            "cannot be encoded apart; use a template that only appends"
-        )
-    answer, has_end = _until_turn_end(tokenizer, whole[len(before) :])
-    ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
-    return ids if has_end else [*ids, eos]
-
-
-def _until_turn_end(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, bool]:
-    """
-    A rendered answer up to the special tokens that end its turn, and whether there are any. What comes behind them,
-    white space and further special tokens (Phi-3's newline and EOS), belongs to the template.
-    """
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special = "|".join(re.escape(token) for token in added | set(tokenizer.all_special_tokens))
-    end = re.search(rf"((?:{special})+)(?:\s|{special})*$", text) if special else None
-    return (text, False) if end is None else (text[: end.end(1)], True)
-
-
-def turn_end(tokenizer: PreTrainedTokenizerBase, **template_kwargs: Any) -> int | None:
-    """The token that ends an answer under the chat template; `None` without a template."""
-    if not tokenizer.chat_template:
-        return None
-    return encode_completion(tokenizer, [{"role": "user", "content": "a"}], "b", **template_kwargs)[-1]
-
-
-def pack_texts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
-    """
-    Blocks of `length` token ids for the pretraining loss: the rows' texts, each followed by EOS, joined and cut, as in
-    pretraining. The last block of every thousand rows may be shorter.
-
-    Args:
-        dataset (`Dataset`): rows of kind `"pretraining"`.
-        tokenizer (`PreTrainedTokenizerBase`): tokenizer of the policy.
-        length (`int`): tokens a block.
-
-    Returns:
-        `Dataset` with the one column `input_ids`.
-
-    Raises:
-        [`InputError`]: the tokenizer has no EOS token.
-    """
-
-    if tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has no EOS token; set tokenizer.eos_token before training")
-
-    def encode(row: dict[str, Any]) -> dict[str, Any]:
-        return {"input_ids": [*tokenizer(row["text"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]}
-
-    encoded = dataset.map(encode, remove_columns=dataset.column_names, desc="Tokenizing pretraining texts")
-    packed = pack_dataset(encoded, length, strategy="wrapped", map_kwargs={"desc": "Packing pretraining texts"})
-    return packed.filter(lambda row: len(row["input_ids"]) >= 2, desc="Dropping one-token blocks")
-
-
 def split_by_length(
     lengths: list[int], limit: int | None, what: str, names: Callable[[int], str] = str
 ) -> tuple[list[int], str | None]:
@@ -357,39 +263,6 @@ def listed(indices: list[int], names: Callable[[int], str] = str, most: int = 20
     """`"3, 7, 9 and 12 more"`: the first `most` of `indices` by name."""
     shown = ", ".join(names(index) for index in indices[:most])
     return shown if len(indices) <= most else f"{shown} and {len(indices) - most} more"
-
-
-def check_tokenizers(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, names: tuple[str, str]) -> None:
-    """
-    Refuse two tokenizers that do not agree on vocabulary, special token ids and chat template, and say in what they
-    differ. Policy and reward model exchange token ids, so a difference would go unnoticed into every score.
-
-    Raises:
-        [`InputError`]: the first differences found.
-    """
-    differences = list(_tokenizer_differences(first, second))
-    if differences:
-        raise InputError(
-            f"the tokenizers of {names[0]} and {names[1]} differ: {'; '.join(differences)}; train both from models "
-            f"with one tokenizer"
-        )
-
-
-def _tokenizer_differences(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> Iterator[str]:
-    a, b = first.get_vocab(), second.get_vocab()
-    if a != b:
-        tokens = sorted(token for token in a.keys() | b.keys() if a.get(token) != b.get(token))
-        example = ", ".join(f"{token!r} is {a.get(token)} and {b.get(token)}" for token in tokens[:3])
-        yield f"vocabulary of {len(a)} and {len(b)} tokens ({example})"
-    # The pad token is left out: it never reaches a model unmasked, and trainers set it when it is missing
-    for name in ("bos_token_id", "eos_token_id"):
-        if getattr(first, name) != getattr(second, name):
-            yield f"{name} {getattr(first, name)} and {getattr(second, name)}"
-    if (first.chat_template or None) != (second.chat_template or None):
-        yield "chat template"
-    text = "The quick brown fox, 1 2 3."
-    if a == b and first(text)["input_ids"] != second(text)["input_ids"]:
-        yield f"token ids of {text!r}"
 
 
 def check_output_dir(output_dir: str | os.PathLike | None) -> None:

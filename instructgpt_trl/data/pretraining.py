@@ -4,8 +4,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from .encoding import pack_texts
 from .episodes import Episodes, pad_episodes
-from .formats import pack_texts
 
 
 class PretrainingStream:

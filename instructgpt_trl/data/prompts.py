@@ -7,7 +7,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .demonstrations import IMAGES, columns_of
-from .formats import InputError, by_prompt, check_rows, encode_prompt, split_by_length
+from .encoding import encode_prompt
+from .formats import InputError, by_prompt, check_rows, split_by_length
 
 logger = logging.get_logger(__name__)
 

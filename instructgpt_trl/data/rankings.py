@@ -15,7 +15,8 @@ from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from .formats import InputError, by_prompt, check_rows, encode_completion, encode_prompt, listed
+from .encoding import encode_completion, encode_prompt
+from .formats import InputError, by_prompt, check_rows, listed
 
 logger = logging.getLogger(__name__)
 

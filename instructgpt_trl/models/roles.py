@@ -24,7 +24,7 @@ from .._trl import add_fused_lm_head, disable_dropout_in_model, get_config_model
 from ..data import InputError
 from ..data.episodes import Episodes, attention_mask, before_tokens, completion_labels, last_token, take_rows
 from .loading import holds_weights_of, keep_gradients, same_base
-from .reward_model import RewardParts
+from .reward_parts import RewardParts
 
 logger = logging.get_logger(__name__)
 

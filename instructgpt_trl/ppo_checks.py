@@ -1,0 +1,75 @@
+"""What PPO refuses before any work is done, each on one line."""
+
+import torch
+from datasets import Dataset
+from transformers import ProcessorMixin
+
+from .data import InputError
+from .models.rewards import is_model
+from .ppo_config import PPOConfig
+
+
+def check_arguments(model, args, rewards, train_dataset, processing_class, optimizers) -> None:
+    if not isinstance(model, str | torch.nn.Module):
+        raise InputError(f"model: expected a folder, a hub id or a model, got {type(model).__name__}")
+    if args is not None and not isinstance(args, PPOConfig):
+        raise InputError(f"args: expected a PPOConfig, got {type(args).__name__}")
+    if not rewards:
+        raise InputError("nothing to learn from: give reward_model (what RewardTrainer saved) or reward_funcs")
+    for reward in rewards:
+        if not callable(reward) and not is_model(reward):
+            raise InputError(
+                f"reward_funcs: expected functions, reward models or their folders, got {type(reward).__name__}"
+            )
+    if train_dataset is None:
+        raise InputError("train_dataset is missing; expected rows with the column 'prompt'")
+    if isinstance(processing_class, ProcessorMixin):
+        raise InputError("processing_class: PPOTrainer trains on text; pass a tokenizer, not a processor of images")
+    if optimizers[0] is not None:
+        raise InputError("optimizers: the trainer builds its optimizer over two models; set optim and learning rates")
+
+
+def check_process(args: PPOConfig, rewards: int) -> None:
+    if args.world_size > 1 or args.n_gpu > 1:
+        raise InputError(
+            f"PPOTrainer runs in one process on one GPU, got {args.world_size} processes with {args.n_gpu} GPUs each; "
+            f"launch with --num_processes 1 and show it one GPU with CUDA_VISIBLE_DEVICES=0"
+        )
+    if args.distributed_state is not None and args.distributed_state.distributed_type in ("DEEPSPEED", "FSDP"):
+        raise InputError(
+            f"PPOTrainer keeps its gradients itself and does not run under {args.distributed_state.distributed_type}; "
+            f"launch with plain python"
+        )
+    weights = args.reward_weights
+    if weights is not None and len(weights) != rewards:
+        raise InputError(
+            f"reward_weights: expected {rewards} numbers, those of reward_model first and then those of reward_funcs, "
+            f"got {len(weights)}"
+        )
+
+
+def check_generation(args: PPOConfig, has_adapters: bool) -> None:
+    if args.use_vllm and has_adapters:
+        raise InputError(
+            "use_vllm: TRL merges the adapter into the base for it and back, which is not exact, and reference, "
+            "reward model and value model stand on that base; leave it out, or train all weights"
+        )
+    if args.use_vllm and args.generation_micro_batch_size:
+        raise InputError("generation_micro_batch_size: vLLM makes its batches itself; leave it out")
+    if args.use_transformers_continuous_batching and (args.bf16 or args.fp16):
+        raise InputError(
+            "use_transformers_continuous_batching: TRL casts the whole policy for it, and adapters stay float32 here; "
+            "leave it out, or set bf16 and fp16 to false"
+        )
+
+
+def check_batches(args: PPOConfig, dataset) -> None:
+    if isinstance(dataset, Dataset) and len(dataset) < args.generation_batch_size // args.num_generations:
+        raise InputError(too_small(args, f"{len(dataset)} prompts"))
+
+
+def too_small(args: PPOConfig, what: str) -> str:
+    return (
+        f"train_dataset has {what}, less than one batch of {args.generation_batch_size // args.num_generations}; add "
+        f"prompts or lower steps_per_generation or per_device_train_batch_size"
+    )
