@@ -166,11 +166,12 @@ def _always(network: nn.Module, model: PreTrainedModel, load: Load) -> dict[str,
     states = sum(p.numel() * load.state_bytes * p.element_size() / 4 for p in own)
     head = 4 * (hidden + 1)
     ppo = load.stage == "ppo_ptx"
+    loaded = backbone if load.stage == "reward" else whole  # a reward model has no LM head
     if load.lora:
-        base = whole - trained
+        base = loaded - trained
         copies = trained * ((3 + load.reference + load.ema) if ppo else 1)
     else:
-        base = whole if load.stage != "reward" else backbone
+        base = loaded
         copies = whole * (load.reference + load.ema) + 2 * backbone if ppo else 0
     gradients = trained * ((2 + bool(load.ptx_length)) if ppo else 1)
     heads = head * {"sft": 0, "reward": 1, "ppo_ptx": 2}[load.stage]

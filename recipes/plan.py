@@ -4,9 +4,10 @@ Whether a run fits, before it starts: memory of each stage by part, the largest 
     python recipes/plan.py --model Qwen/Qwen2.5-1.5B --recipe ppo_ptx --gpu 6 --load_in_4bit
 
 MODEL is a hub id, a folder or a config.json; weights are not read. `--recipe` is the last of the stages to plan (sft,
-reward, ppo_ptx). `--gpu` is a card's memory in GB; without it, this machine's. The settings go to `--output_dir` as
-YAML files that the recipes take with `--config`. Hours come from a rate measured here, on two short models of this
-shape; `--tokens_per_second` (forward and backward, from a run's log) replaces it for another machine.
+reward, ppo_ptx). `--gpu` is a card's memory in GB, of which nine tenths are planned with; without it, this machine's.
+The settings go to `--output_dir` as YAML files that the recipes take with `--config`. Hours come from a rate measured
+here, on two short models of this shape; `--tokens_per_second` (forward and backward, from a run's log) replaces it for
+another machine.
 """
 
 import time
@@ -26,7 +27,9 @@ from instructgpt_trl.data import InputError, check_output_dir
 from instructgpt_trl.memory import PARTS, STAGES, Load, largest, peak, predict, shortened
 
 GB = 1e9
-MINIBATCH = 64  # [P C.2, C.4]
+USABLE = 0.9  # of a card's memory; the rest is for what its allocator rounds up and scatters, and for the display
+BATCH = {"sft": 32, "reward": 64, "ppo_ptx": 64}  # rows of an optimizer step [P C.1, C.2, C.4]
+ROLLOUT = 512  # [P C.4]
 
 
 @dataclass(kw_only=True)
@@ -92,7 +95,8 @@ class Stage:
 
     name: str
     load: Load  # as it will run, or with one row where nothing fits
-    fits: int  # rows a pass: sequences, or a reward model's prompts
+    fits: int  # most rows a pass that fit: sequences, or a reward model's prompts
+    rows: int  # rows a pass that it will run with: as many of these as divide a batch
     length: int  # longest prompt and completion, tokens, with one row
     parts: dict[str, int]
 
@@ -100,33 +104,35 @@ class Stage:
 def plan(config: PreTrainedConfig, args: Arguments, name: str, limit: int) -> Stage:
     one = load_of(args, name)
 
-    def rows(n: int) -> Load:
+    def at_once(n: int) -> Load:
         return replace(one, rows=n * one.rows)
 
     def sampled(n: int) -> Load:
-        return replace(rows(max(fits, 1)), sampled=n)
+        return replace(at_once(rows), sampled=n)
 
     def length(n: int) -> Load:
         prompt = n * 64 * args.prompt // (args.prompt + args.completion)
         return replace(one, prompt=prompt, completion=64 * n - prompt, ptx_length=64 * n if one.ptx_length else 0)
 
-    fits = largest(config, limit, rows, most=MINIBATCH)
-    load = rows(max(fits, 1))
+    fits = largest(config, limit, at_once, most=BATCH[name])
+    rows = max(n for n in range(1, max(fits, 1) + 1) if BATCH[name] % n == 0)
+    load = at_once(rows)
     if name == "ppo_ptx" and fits:
-        load = sampled(largest(config, limit, sampled, most=8 * MINIBATCH))
+        load = sampled(largest(config, limit, sampled, most=ROLLOUT))
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
     longest = 64 * largest(config, limit, length, most=max(context // 64, 1))
-    return Stage(name, load, fits, longest, predict(config, load))
+    return Stage(name, load, fits, rows, longest, predict(config, load))
 
 
 def table(stages: list[Stage], limit: int) -> str:
-    """Peak memory by part, in GB, a column a stage."""
+    """Peak memory by part, in GB, a column a stage, of which `limit` bytes there are to use."""
     lines = [["GB"] + [stage.name for stage in stages]]
     for part in PARTS:
         lines.append([part] + [f"{stage.parts[part] / GB:.2f}" for stage in stages])
     lines.append(["peak"] + [f"{peak(stage.parts) / GB:.2f}" for stage in stages])
     lines.append([f"of {limit / GB:.1f}"] + ["fits" if stage.fits else _too_large(stage) for stage in stages])
-    lines.append(["rows a pass"] + [str(stage.fits) for stage in stages])
+    lines.append(["rows a pass"] + [str(stage.rows if stage.fits else 0) for stage in stages])
+    lines.append(["most rows"] + [str(stage.fits) for stage in stages])
     lines.append(["sampled at a time"] + [str(stage.load.sampled or "-") for stage in stages])
     lines.append(["longest, tokens"] + [str(stage.length) for stage in stages])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
@@ -145,8 +151,7 @@ def _too_large(stage: Stage) -> str:
 def settings(args: Arguments, stage: Stage) -> dict[str, Any]:
     """What `recipes/<stage>.py --config` takes: the paper's batches, in passes that fit."""
     length, ppo = args.prompt + args.completion, stage.name == "ppo_ptx"
-    batch = 32 if stage.name == "sft" else MINIBATCH
-    rows = max(n for n in range(1, max(stage.fits, 1) + 1) if batch % n == 0)
+    batch = BATCH[stage.name]
     lora = {
         "use_peft": True,
         "lora_r": args.lora_r,
@@ -162,8 +167,8 @@ def settings(args: Arguments, stage: Stage) -> dict[str, Any]:
         "learning_rate": None if args.full else 1e-4,
         "num_train_epochs": 2 if first else None,
         "residual_dropout": 0 if first else None,
-        "per_device_train_batch_size": rows,
-        "gradient_accumulation_steps": batch // rows,
+        "per_device_train_batch_size": stage.rows,
+        "gradient_accumulation_steps": batch // stage.rows,
         "max_length": None if ppo else length,
         "gradient_checkpointing": args.gradient_checkpointing,
         "optim": args.optim,
@@ -171,7 +176,7 @@ def settings(args: Arguments, stage: Stage) -> dict[str, Any]:
     if ppo:
         values |= {
             "value_learning_rate": None if args.full else 1e-4,
-            "steps_per_generation": 8 * batch // rows,
+            "steps_per_generation": ROLLOUT // stage.rows,
             "generation_micro_batch_size": stage.load.sampled,
             "max_prompt_length": args.prompt,
             "max_completion_length": args.completion,
@@ -274,7 +279,7 @@ def main(argv: list[str]) -> None:
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     gpu = args.gpu is not None or torch.cuda.is_available()
     args.dtype = args.dtype or ("bfloat16" if gpu else "float32")
-    limit = int(args.gpu * GB if args.gpu else memory_here())
+    limit = int(USABLE * (args.gpu * GB if args.gpu else memory_here()))
     config = read_config(args)
     stages = []
     for name in STAGES[: STAGES.index(args.recipe) + 1]:

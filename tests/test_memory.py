@@ -113,6 +113,14 @@ def test_a_quantised_base_takes_what_bitsandbytes_takes():
     assert whole - less == pytest.approx(linears * (4 - 0.5 - 1 / 64), rel=1e-3)
 
 
+@pytest.mark.parametrize("adapters", [True, False])
+def test_a_reward_model_has_no_head_of_the_language_model(adapters):
+    shape = lora(target_modules="all-linear", task_type="CAUSAL_LM") if adapters else None
+    untied = make_llama(**SHAPE, vocab=5000, tie_word_embeddings=False).config
+    sft, reward = (predict(untied, replace(LOAD, stage=stage, lora=shape))["base"] for stage in ("sft", "reward"))
+    assert sft - reward == 5000 * SHAPE["hidden"] * 4
+
+
 def test_the_vocabulary_costs_the_head_and_what_sampling_needs():
     """Issue: beyond the head itself, no tensor of batch x time x vocabulary."""
     shape = lora(target_modules="all-linear", task_type="CAUSAL_LM")

@@ -194,6 +194,38 @@ def test_a_ppo_run_on_a_quantised_base_resumes(wide, tmp_path, prompts):
     assert_equal(resumed._value_parameters, straight._value_parameters)
 
 
+@pytest.mark.parametrize("quantized", [True, False])
+def test_an_8_bit_optimizer_has_bytes_for_adapters_and_heads_alone(wide, tmp_path, prompts, monkeypatch, quantized):
+    """Adam's first step is the rate in every weight whose gradient is much larger than epsilon."""
+    store_completions(monkeypatch)
+    args = config(tmp_path, max_steps=1, optim="adamw_8bit", learning_rate=1e-3, value_learning_rate=2e-3)
+    wider = lora(r=64, task_type="CAUSAL_LM")  # bitsandbytes leaves states of less than 4,096 numbers as they are
+    quantization = nf4() if quantized else None
+    trainer = PPOTrainer(
+        wide.base,
+        None,
+        args,
+        prompts,
+        reward_model=wide.reward_adapter,
+        peft_config=wider,
+        quantization_config=quantization,
+    )
+    rates = {"policy": (trainer._policy_parameters, 1e-3), "value": (trainer._value_parameters, 2e-3)}
+    before = {name: {k: p.detach().clone() for k, p in own.items()} for name, (own, _) in rates.items()}
+    recorder = record(trainer)
+    trainer.train()
+    states = {id(p): state for p, state in trainer.optimizer.optimizer.state.items()}
+    for name, (own, rate) in rates.items():
+        for k, parameter in own.items():
+            state = states.pop(id(parameter))
+            dtype = torch.uint8 if parameter.numel() >= 4096 else torch.float32
+            assert state["state1"].dtype == state["state2"].dtype == dtype, k
+            grad = recorder.steps[0][f"{name}_grad"][k]
+            expected = before[name][k] - rate * grad / (grad.abs() + args.adam_epsilon)
+            assert_close({k: parameter.detach()}, {k: expected}, rtol=0, atol=1e-3 * rate)
+    assert states == {}  # no other weight has a state
+
+
 def packs(network) -> set[bool]:
     """Whether bitsandbytes may pack the 4-bit weights of a network for evaluation, on a CPU with bf16 instructions."""
     layers = [m for m in network.modules() if hasattr(m, "support_avx512bf16_for_cpu")]

@@ -396,9 +396,12 @@ def parse(recipe: str, argv: list[str]):
     )
 
 
+CARDS = ("qwen2.5_0.5b_4gb", "qwen2.5_1.5b_6gb", "llama3.2_3b_8gb", "qwen2.5_7b_12gb")
+
+
 def test_there_is_a_file_for_every_recipe():
     names = {f"{file.parent.name}/{file.stem}" for file in YAMLS}
-    folders = ("paper_1b3", "smollm2_135m_cpu")
+    folders = ("paper_1b3", "smollm2_135m_cpu", *CARDS)
     assert names == {f"{folder}/{name}" for folder in folders for name in MAIN} | {"paper_1b3/sft_rlhf_start"}
 
 
@@ -428,6 +431,19 @@ def test_batches_of_the_paper_files():
     assert ppo.per_device_train_batch_size * ppo.steps_per_generation == 512
     assert ppo.max_steps * 64 == 256_000 * ppo.num_iterations
     assert ppo.save_steps % (512 // 64) == 0  # checkpoints at the end of an update
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_files_of_a_card_have_the_papers_batches_and_say_that_they_did_not_run(card):
+    folder = RECIPES / "configs" / card
+    assert "not run on such a card" in (folder / "README.md").read_text(encoding="utf-8").splitlines()[0]
+    for name, batch in {"sft": 32, "reward": 64, "ppo_ptx": 64}.items():
+        file = folder / f"{name}.yaml"
+        assert "Not run on such a card" in file.read_text(encoding="utf-8").splitlines()[0]
+        stage = parse(name, ["--config", str(file), *REQUIRED[name]])[1]
+        assert stage.per_device_train_batch_size * stage.gradient_accumulation_steps == batch
+    assert stage.per_device_train_batch_size * stage.steps_per_generation == 512
+    assert (stage.max_prompt_length, stage.max_completion_length) == (512, 256)
 
 
 def commands() -> list[tuple[str, list[str]]]:

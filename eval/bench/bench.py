@@ -39,8 +39,8 @@ def lora() -> LoraConfig:
     return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def make_model(folder: Path, shape: dict[str, int]) -> Path:
-    """A Llama of this shape with random weights, and a tokenizer of as many words."""
+def make_model(folder: Path, shape: dict[str, int], dtype: torch.dtype = torch.float32) -> Path:
+    """A Llama of this shape with random weights, saved in `dtype`, and a tokenizer of as many words."""
     size = shape["vocab_size"]
     vocab = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, size)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="w2"))
@@ -49,19 +49,19 @@ def make_model(folder: Path, shape: dict[str, int]) -> Path:
     torch.manual_seed(0)
     special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     config = LlamaConfig(**{"tie_word_embeddings": True, "max_position_embeddings": 8192, **shape, **special})
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
     return folder
 
 
-def make_stages(base: Path, folder: Path, full: bool) -> tuple[str, str]:
-    """An SFT model and a reward model on this base: adapters, or whole models."""
+def make_stages(base: Path, folder: Path, full: bool, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+    """An SFT model and a reward model on this base: adapters, or whole models saved in `dtype`."""
     out = []
     for name, auto, options in (
         ("sft", AutoModelForCausalLM, {}),
         ("reward", AutoModelForSequenceClassification, {"num_labels": 1}),
     ):
         torch.manual_seed(0)
-        model = auto.from_pretrained(base, dtype=torch.float32, **options)
+        model = auto.from_pretrained(base, dtype=dtype, **options)
         if not full:
             config = lora()
             config.task_type = "SEQ_CLS" if options else "CAUSAL_LM"

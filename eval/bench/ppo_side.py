@@ -64,6 +64,18 @@ def common_arguments(setting: dict[str, Any], folder: str) -> dict[str, Any]:
     )
 
 
+def quantized(setting: dict[str, Any]) -> BitsAndBytesConfig | None:
+    if setting["bits"] >= 16:
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=setting["bits"] == 4,
+        load_in_8bit=setting["bits"] == 8,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=setting["dtype"],
+    )
+
+
 def ours(setting: dict[str, Any], folder: str, clock: Clock) -> Any:
     args = instructgpt_trl.PPOConfig(
         **common_arguments(setting, folder),
@@ -77,15 +89,6 @@ def ours(setting: dict[str, Any], folder: str, clock: Clock) -> Any:
         shuffle_dataset=False,
         model_init_kwargs={"dtype": setting["dtype"]},
     )
-    quantization = None
-    if setting["bits"] < 16:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=setting["bits"] == 4,
-            load_in_8bit=setting["bits"] == 8,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=setting["dtype"],
-        )
     tokenizer = AutoTokenizer.from_pretrained(setting["base"])
     length = setting["prompt"] + setting["completion"]
     text = texts(tokenizer, 4 * setting["batch"] * setting["updates"], length)
@@ -96,7 +99,7 @@ def ours(setting: dict[str, Any], folder: str, clock: Clock) -> Any:
         train_dataset=prompts(tokenizer, setting["batch"] * setting["updates"], setting["prompt"]),
         ptx_dataset=Dataset.from_dict({"text": text}) if setting["ptx"] else None,
         callbacks=[clock],
-        quantization_config=quantization,
+        quantization_config=quantized(setting),
     )
     trainer.generation_config.eos_token_id, trainer.eos_token_ids = None, [-1]  # full-length completions
     return trainer
