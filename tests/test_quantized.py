@@ -93,19 +93,24 @@ def outputs(trainer: PPOTrainer, prompts) -> dict[str, torch.Tensor]:
     ids = [make_tokenizer()(prompt)["input_ids"] for prompt in prompts["prompt"][:4]]
     episodes = pad_episodes(ids, [[65, 66, 257]] * 4, 256)
     reward, reference = trainer.roles.rewards[0], trainer.roles.reference
+    trainer.model.eval()  # which decides how many rows go through at once
     return {
         "scores": trainer.run_role(reward, "scores", episodes)[0],
         "logprobs": trainer.run_role(reference, "logprobs", episodes)[0],
     }
 
 
-@pytest.mark.parametrize("quantized", [True, False])
-def test_reference_and_reward_model_are_the_same_after_50_updates(wide, tmp_path, prompts, monkeypatch, quantized):
+@pytest.mark.parametrize(
+    ("policy", "reward", "quantized"), [("sft", "adapter", True), ("sft", "adapter", False), ("full", "full", False)]
+)
+def test_reference_and_reward_model_are_the_same_after_50_updates(
+    wide, tmp_path, prompts, monkeypatch, policy, reward, quantized
+):
     store_completions(monkeypatch)
     settings = dict(max_steps=50, steps_per_generation=2, learning_rate=0.01, value_learning_rate=0.01)
     args = config(tmp_path, logging_steps=50, **settings)
     quantization = nf4() if quantized else None
-    trainer = trainer_of(wide, "sft", "adapter", args, prompts, quantization_config=quantization)
+    trainer = trainer_of(wide, policy, reward, args, prompts, quantization_config=quantization)
     before = outputs(trainer, prompts)
     moved = {k: p.detach().clone() for k, p in trainer._policy_parameters.items()}
     trainer.train()
