@@ -73,12 +73,12 @@ def make_stages(base: Path, folder: Path, full: bool, dtype: torch.dtype = torch
 
 
 def texts(tokenizer: Any, rows: int, tokens: int) -> list[str]:
-    """Texts of exactly so many tokens each, joined from words that are one token wherever they stand."""
+    """Texts of exactly so many tokens each, joined from words that are one token behind another."""
     words, generator = [], torch.Generator().manual_seed(0)
     for index in torch.randperm(len(tokenizer), generator=generator).tolist():
-        word = tokenizer.decode([index])
-        if word.strip() and tokenizer(f"{word} {word}".strip(), add_special_tokens=False)["input_ids"][1:2] == [index]:
-            words.append(word.strip())
+        word = tokenizer.decode([index], skip_special_tokens=True).strip()
+        if word and tokenizer(f"{word} {word}", add_special_tokens=False)["input_ids"][-1:] == [index]:
+            words.append(word)
         if len(words) == 64:
             break
     out = []
