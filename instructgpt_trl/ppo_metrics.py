@@ -10,7 +10,7 @@ from .data.episodes import Episodes
 
 
 def per_completion(
-    episodes: Episodes, entropies: Tensor, kl: Tensor | None, scores: Tensor, kl_coef: float
+    episodes: Episodes, entropies: Tensor, kl: Tensor, scores: Tensor, kl_coef: float
 ) -> dict[str, Tensor]:
     """
     Metrics that are means over completions: (B,) each.
@@ -18,15 +18,14 @@ def per_completion(
     Args:
         episodes: their `mask`, `ended` and `completion_lengths`.
         entropies (B, T): of the sampling distribution, nats.
-        kl (B,): summed over a completion, nats; `None` without a reference.
+        kl (B,): summed over a completion, nats; NaN where no token counts.
         scores (B,): NaN where there is none.
     """
     mask = episodes["mask"]
-    penalty = 0.0 if kl is None else kl_coef * kl
     return {
-        **({} if kl is None else {"objective/kl": kl}),
+        "objective/kl": kl,
         "objective/scores": scores,
-        "objective/rlhf_reward": scores - penalty,
+        "objective/rlhf_reward": scores - kl_coef * kl,
         "objective/entropy": torch.where(mask, entropies, 0.0).sum(1) / mask.sum(1),
         "completions/eos_rate": episodes["ended"].float(),
         "completions/mean_length": episodes["completion_lengths"].float(),
@@ -60,7 +59,7 @@ def completion_rows(
     Args:
         where: what all of them begin with, as the step.
         rows: `prompt` and `completion` of each.
-        scores, kl (B,): NaN is written as null.
+        scores, kl (B,): NaN is written as null; no `kl` without a reference.
         parts: of each reward function, (B,).
     """
     for i, row in enumerate(rows):

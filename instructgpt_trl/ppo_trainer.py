@@ -560,8 +560,10 @@ class PPOTrainer(RLOOTrainer):
         metrics, mask = self._metrics[mode], episodes["mask"]
         of_functions = dict(zip(self.reward_func_names, parts.T, strict=True))
         metrics["completions/mean_length"].pop()  # the parent's, a mean of the batch, which may be the small last one
-        kl = kl if self.roles.reference else None
         per_row = per_completion(episodes, entropies, kl, scores, self.kl_coef)
+        if self.roles.reference is None:
+            kl = None
+            del per_row["objective/kl"]
         for name, column in (per_row | {f"rewards/{name}/mean": x for name, x in of_functions.items()}).items():
             metrics[name].extend(column.tolist())  # the parent's mean over entries is the mean over completions
         metrics["objective/kl_coef"].append(self.kl_coef)

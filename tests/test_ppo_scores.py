@@ -261,6 +261,17 @@ def test_truncated_completions_are_left_out_of_losses_not_of_attention(folders, 
     assert logs["objective/kl"] == pytest.approx(torch.stack(kl).mean().item(), rel=1e-4)
 
 
+def test_the_reward_leaves_out_what_counts_nothing_without_a_reference_too(folders, tmp_path, monkeypatch, prompts):
+    completions = iter([[5, 8, EOS], [5, 6], [7, EOS], [9, 8, 7]])
+    store_completions(monkeypatch, lambda _: next(completions))
+    settings = dict(beta=0.0, mask_truncated_completions=True)
+    trainer = with_function(folders.base, tmp_path, prompts, known([1.0, 20.0, 4.0, 30.0]), **settings)
+    scores_of(trainer, prompts)
+    trainer.log(logs := {})
+    assert logs["objective/scores"] == 55 / 4 and logs["objective/rlhf_reward"] == 2.5
+    assert "objective/kl" not in logs
+
+
 def test_reward_clip_range(folders, tmp_path, monkeypatch, prompts):
     store_completions(monkeypatch)
     function = known([-5.0, 0.5, 2.0, 9.0])
