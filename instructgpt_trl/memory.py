@@ -2,9 +2,9 @@
 How much memory a stage takes, predicted without the model's weights.
 
 The passes of a stage are run as the trainers run them, with the same roles and the same LM head, on tensors that have
-shapes and no data, and the bytes alive at once are counted. That is done for one and for two layers (of each kind,
-where a model has several in turn) and carried on to the model's number, since every layer takes the same. What is
-there all the time (weights, gradients, optimizer states) is counted from shapes.
+shapes and no data, and the bytes alive at once are counted. That is done for models of a few layers and carried on to
+the model's number, since every layer takes the same (or every block of layers, where a model has several kinds in
+turn). What is there all the time (weights, gradients, optimizer states) is counted from shapes.
 """
 
 import copy
@@ -33,7 +33,6 @@ __all__ = ["PARTS", "STAGES", "Load", "largest", "peak", "predict", "shortened",
 
 STAGES = ("sft", "reward", "ppo_ptx")
 PARTS = ("base", "adapters and heads", "gradients", "optimizer", "activations", "logits chunk", "sampling", "context")
-_DTYPES = {32: torch.float32, 16: torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,14 @@ class Load:
         sampled (`int`): completions sampled at a time ("ppo_ptx").
         ptx_length (`int`): tokens of a pretraining example ("ppo_ptx"); 0 without.
         lora (`PeftConfig`, *optional*): shape of the adapters; without, all weights are trained.
-        bits (`int`): of a weight of the base: 32, 16, 8 or 4.
-        compute (`torch.dtype`): what the passes compute in.
+        dtype (`torch.dtype`): of the base's weights, and of what quantised layers compute in.
+        bits (`int`, *optional*): 8 or 4, of a weight of the base's linear layers where these are quantised.
+        compute (`torch.dtype`): what the passes compute in; not float32: mixed precision.
         checkpointing (`bool`): gradient checkpointing.
         state_bytes (`float`): of the optimizer, a trained weight: 8 for Adam, 2 for Adam in 8 bits.
         reference, ema (`bool`): whether there is a KL penalty, and an average of the policy ("ppo_ptx").
+        reward_base (`bool`): whether the reward model is a network of its own and not an adapter on the policy's base;
+            it counts as if it had the policy's shape ("ppo_ptx" with adapters).
         cuda (`bool`): whether for a GPU, where the LM head has a Triton kernel.
     """
 
@@ -63,12 +65,14 @@ class Load:
     sampled: int = 0
     ptx_length: int = 0
     lora: PeftConfig | None = None
-    bits: int = 32
+    dtype: torch.dtype = torch.float32
+    bits: int | None = None
     compute: torch.dtype = torch.float32
     checkpointing: bool = True
     state_bytes: float = 8
     reference: bool = True
     ema: bool = True
+    reward_base: bool = False
     cuda: bool = False
 
 
@@ -84,24 +88,34 @@ def predict(config: PreTrainedConfig, load: Load) -> dict[str, int]:
     the LM head adds to that, "sampling" the generation cache and what a decoding step holds. Training passes and
     sampling take turns, see [`peak`].
     """
-    few, found = _carried_on(config, load)
+    few, found = _carried_on(config, partial(_parts, load=load))
     if load.lora is None:
         # The gradient of all embeddings can be more than a few layers hold, and would hide how these grow
-        _, without = _carried_on(config, load, embeddings=False)
+        _, without = _carried_on(config, partial(_parts, load=load, embeddings=False))
         found |= {name: max(few[name], without[name]) for name in ("activations", "whole")}
     found["logits chunk"] = max(0, found["whole"] - found["activations"])
+    found["sampling"] = 0
+    if load.stage == "ppo_ptx":
+        # While the first block reads the prompts it holds more than it leaves in the cache, and hides how that grows
+        _, sampling = _carried_on(config, partial(_sampling, load=load), blocks=2)
+        found["sampling"] = max(sampling.values())
     return {name: found[name] for name in PARTS}
 
 
 def _carried_on(
-    config: PreTrainedConfig, load: Load, embeddings: bool = True
+    config: PreTrainedConfig, parts_of: Callable[[PreTrainedConfig], dict[str, int]], blocks: int = 1
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes by part of a model of few layers, and of all, carried on from two models of few."""
+    """Bytes by part of a model of so many blocks, and of all layers, carried on from that and one of a block more."""
     text = config.get_text_config()
-    layers, kinds = text.num_hidden_layers, len(set(getattr(text, "layer_types", None) or ["one"]))
-    few, more = (_parts(config, load, min(n * kinds, layers), embeddings) for n in (1, 2))
-    slope = max(layers - 2 * kinds, 0) / kinds
+    layers, size = text.num_hidden_layers, _block(getattr(text, "layer_types", None) or [""])
+    few, more = (parts_of(shortened(config, min(n * size, layers))) for n in (blocks, blocks + 1))
+    slope = max(layers - (blocks + 1) * size, 0) / size
     return few, {name: int(more[name] + slope * (more[name] - few[name])) for name in more}
+
+
+def _block(kinds: list[str]) -> int:
+    """Length of the shortest beginning of which a list of kinds is repetitions, the last one perhaps cut off."""
+    return next(n for n in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))
 
 
 def peak(parts: dict[str, int]) -> int:
@@ -141,12 +155,11 @@ def _next_guess(known: dict[int, int], limit: int) -> int:
 # Weights
 
 
-def _parts(config: PreTrainedConfig, load: Load, layers: int, embeddings: bool) -> dict[str, int]:
+def _parts(config: PreTrainedConfig, load: Load, embeddings: bool = True) -> dict[str, int]:
     """
-    Bytes by part of a model of so many layers, and "whole", those of a pass with the LM head. Without `embeddings` no
-    gradient of these is made.
+    Bytes by part but sampling, and "whole", those of a pass with the LM head. `embeddings` says whether these get a
+    gradient.
     """
-    config = shortened(config, layers)
     if not embeddings:
         config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
     network, model = _build(config, load)
@@ -161,26 +174,34 @@ def _always(network: nn.Module, model: PreTrainedModel, load: Load) -> dict[str,
     """Bytes of what is there all the time."""
     hidden = model.config.get_text_config().hidden_size
     whole, backbone = _size(model), _size(model.base_model)
-    own = list(adapter_parameters(network, "default").values()) if load.lora else list(model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in own)
-    states = sum(p.numel() * load.state_bytes * p.element_size() / 4 for p in own)
-    head = 4 * (hidden + 1)
     ppo = load.stage == "ppo_ptx"
     loaded = backbone if load.stage == "reward" else whole  # a reward model has no LM head
-    if load.lora:
-        base = loaded - trained
-        copies = trained * ((3 + load.reference + load.ema) if ppo else 1)
+    if load.lora is not None:
+        policy = value = _Trained(list(adapter_parameters(network, "default").values()), load)
+        base = loaded - policy.bytes + (backbone - policy.bytes) * (ppo and load.reward_base)
+        copies = policy.bytes * ((3 - load.reward_base + load.reference + load.ema) if ppo else 1)
     else:
+        policy = _Trained(list((model if load.stage != "reward" else model.base_model).parameters()), load)
+        value = _Trained([p.float() for p in model.base_model.parameters()], load)  # as build_roles makes it
         base = loaded
-        copies = whole * (load.reference + load.ema) + 2 * backbone if ppo else 0
-    gradients = trained * ((2 + bool(load.ptx_length)) if ppo else 1)
+        copies = whole * (load.reference + load.ema) + backbone + value.bytes if ppo else 0
+    head = 4 * (hidden + 1)
     heads = head * {"sft": 0, "reward": 1, "ppo_ptx": 2}[load.stage]
+    with_ptx = policy.bytes * bool(load.ptx_length)
     return {
         "base": base,
         "adapters and heads": copies + heads,
-        "gradients": gradients + min(heads, head),
-        "optimizer": int(states * (2 if ppo else 1)) + 2 * min(heads, head),
+        "gradients": policy.bytes + (value.bytes + with_ptx if ppo else 0) + min(heads, head),
+        "optimizer": policy.states + (value.states if ppo else 0) + 2 * min(heads, head),
     }
+
+
+class _Trained:
+    """Bytes of what is trained, and of the optimizer's states of it."""
+
+    def __init__(self, parameters: list[torch.Tensor], load: Load):
+        self.bytes = sum(p.numel() * p.element_size() for p in parameters)
+        self.states = int(self.bytes * load.state_bytes / 4)
 
 
 def _size(module: nn.Module) -> int:
@@ -192,9 +213,8 @@ def _size(module: nn.Module) -> int:
 def _build(config: PreTrainedConfig, load: Load) -> tuple[nn.Module, PreTrainedModel]:
     """The network of a role as the trainers make it, and the model inside, both without data."""
     with torch.device("meta"):
-        dtype = _DTYPES.get(load.bits, load.compute)
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
-        if load.bits < 16:
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=load.dtype)
+        if load.bits is not None:
             _quantize(model, load)
         network = model if load.lora is None else get_peft_model(model, copy.deepcopy(load.lora))
         if load.lora is not None:
@@ -222,7 +242,7 @@ class _Packed(nn.Linear):
         # 4 bits: a byte of scale for 64 weights, and four for 256 of those
         size = count // 2 + count // 64 + 4 * (count // 64 // 256) if load.bits == 4 else count + 4 * self.out_features
         self.weight = nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), requires_grad=False)
-        self.compute = load.compute
+        self.compute = load.dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shape = (self.out_features, self.in_features)
@@ -244,28 +264,76 @@ class _Unpacked(torch.autograd.Function):
 
 
 def _passes(network: nn.Module, model: PreTrainedModel, load: Load) -> dict[str, int]:
-    """Bytes that the passes of a stage make, at their peak."""
-    head = nn.Linear(model.config.get_text_config().hidden_size, 1, device="meta")
+    """Bytes that the training passes of a stage make, at their peak."""
     if load.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         if load.lora is not None:
             network.enable_input_require_grads()
     network.train()
-    autocast = nullcontext if load.compute == torch.float32 else partial(torch.autocast, "cpu", load.compute)
     with FakeTensorMode(), triton_lm_head() if load.cuda else nullcontext():
-        for module in (network, head):
-            _without_data(module)
-        role = Role(network, "default" if load.lora is not None else None, head, autocast)
+        role = _role(network, model, load)
         batch = _episodes(load.rows, load.prompt, load.completion)
         if load.stage == "reward":
             scored = _training_peak(role, partial(_scores, role, batch))
-            return {"activations": scored, "whole": scored, "sampling": 0}
+            return {"activations": scored, "whole": scored}
         backbone = _training_peak(role, lambda: role.values(batch)[0])
         if load.ptx_length > load.prompt + load.completion:
             batch = _episodes(load.rows, 1, load.ptx_length - 1)
         whole = _training_peak(role, lambda: role.logprobs(batch)[0])
-        sampling = _sampling_peak(role, load) if load.stage == "ppo_ptx" else 0
-        return {"activations": backbone, "whole": whole, "sampling": sampling}
+        return {"activations": backbone, "whole": whole}
+
+
+def _role(network: nn.Module, model: PreTrainedModel, load: Load) -> Role:
+    """A network that says it is on a CPU, and a head on it, inside `FakeTensorMode`."""
+    head = nn.Linear(model.config.get_text_config().hidden_size, 1, device="meta")
+    for module in (network, head):
+        _without_data(module)
+    autocast = nullcontext if load.compute == torch.float32 else partial(torch.autocast, "cpu", load.compute)
+    return Role(network, "default" if load.lora is not None else None, head, autocast)
+
+
+def _sampling(config: PreTrainedConfig, load: Load) -> dict[str, int]:
+    """Bytes that reading the prompts makes, and the last decoding step with the cache full."""
+    network, model = _build(config, load)
+    network.eval()
+    with FakeTensorMode(), torch.no_grad():
+        role = _role(network, model, load)
+        rows, full = load.sampled, load.prompt + load.completion - 1
+        new = partial(DynamicCache, config=model.config)
+        # `generate` is called on the model inside the adapters, past accelerate's mixed precision
+        with role.active(), role.autocast() if load.lora is None else nullcontext():
+            _decode(model, first := new(), rows, tokens=1)
+            reading = traced_peak(lambda: _decode(model, new(), rows, load.prompt))
+            decoding = traced_peak(lambda: _decode(model, _filled(new(), first, full - 1), rows, 1, full - 1))
+    return {"reading": reading, "decoding": decoding}
+
+
+def _decode(model: PreTrainedModel, cache: DynamicCache, rows: int, tokens: int, before: int = 0) -> None:
+    """
+    Two steps of `generate` behind the `before` tokens that the cache holds. It keeps scores and probabilities of one
+    step until it has those of the next.
+    """
+    for new in (tokens, 1):
+        before += new
+        out = model(
+            input_ids=torch.zeros(rows, new, dtype=torch.long),
+            attention_mask=torch.ones(rows, before, dtype=torch.long),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        scores = out.logits[:, -1].to(torch.float32, copy=True)
+        probabilities = scores.softmax(-1)
+        torch.multinomial(probabilities, 1)
+        del out
+
+
+def _filled(cache: DynamicCache, like: DynamicCache, tokens: int) -> DynamicCache:
+    """With so many tokens in it, in the shapes of `like`."""
+    for index, layer in enumerate(like.layers):
+        one = (layer.keys, layer.values)
+        cache.update(*(t.new_empty(*t.shape[:2], tokens, t.shape[3]) for t in one), index)
+    return cache
 
 
 def shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
@@ -319,36 +387,6 @@ def _training_peak(role: Role, method: Callable[[], torch.Tensor]) -> int:
             method().sum().backward()
 
     return traced_peak(step)
-
-
-def _sampling_peak(role: Role, load: Load) -> int:
-    """Of reading the prompts and of the last decoding step, when the cache is full."""
-    model, rows = role.model, load.sampled
-    model.activation_checkpointing_disable()
-    model.eval()
-    shapes = []
-
-    def step(tokens: int, before: int) -> None:
-        cache = DynamicCache(config=model.config)
-        for index, shape in enumerate(shapes):
-            cache.update(torch.empty(shape, dtype=dtypes[0]), torch.empty(shape, dtype=dtypes[0]), index)
-        out = model(
-            input_ids=torch.zeros(rows, tokens, dtype=torch.long),
-            attention_mask=torch.ones(rows, before + tokens, dtype=torch.long),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        torch.multinomial(out.logits[:, -1].float().softmax(-1), 1)
-        if not shapes:
-            full = load.prompt + load.completion - 1
-            shapes.extend((*layer.keys.shape[:2], full, layer.keys.shape[3]) for layer in cache.layers)
-            dtypes.append(cache.layers[0].keys.dtype)
-
-    dtypes: list[torch.dtype] = []
-    with torch.no_grad(), role.active(), role.autocast():
-        read = traced_peak(lambda: step(load.prompt, 0))
-        return max(read, traced_peak(lambda: step(1, load.prompt + load.completion - 1)))
 
 
 def traced_peak(run: Callable[[], Any]) -> int:

@@ -38,7 +38,14 @@ from .functional import gae, policy_loss, token_rewards, value_loss, whiten
 from .models.ema import EMA
 from .models.guards import stop_unless_finite
 from .models.limits import RowLimit, give_back_freed_memory
-from .models.loading import context_length, float32_adapters, load_policy, load_tokenizer, warn_beyond_context
+from .models.loading import (
+    context_length,
+    float32_adapters,
+    fold_last_position,
+    load_policy,
+    load_tokenizer,
+    warn_beyond_context,
+)
 from .models.reward_parts import reward_parts
 from .models.rewards import ModelReward, all_rewards, finite_reward, is_model
 from .models.roles import (
@@ -215,6 +222,7 @@ class PPOTrainer(RLOOTrainer):
     def _set_up_roles(self, parts: list, peft_config: PeftConfig | None, kwargs: dict[str, Any]) -> None:
         has_reference = self.beta != 0
         self.roles = build_roles(self.model, parts, peft_config, self.temperature, has_reference, **kwargs)
+        fold_last_position(self.roles.policy.model)
         from_models = [function for function in self.reward_funcs if isinstance(function, ModelReward)]
         for function, role in zip(from_models, self.roles.rewards, strict=True):
             function.role = role

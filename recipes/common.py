@@ -91,6 +91,10 @@ def parse(argv: list[str], arguments: type[DataArguments], config: type[Training
     """
     args, config, model = parse_arguments(argv, (arguments, config, ModelConfig), output_dir=output_dir)
     check_model(model, config.trust_remote_code)
+    if model.dtype is None:
+        # TRL's default would keep the embeddings of a quantised model in float32, and compute its products in it
+        quantized = model.load_in_4bit or model.load_in_8bit
+        model.dtype = str(_compute_type(config) if quantized else torch.float32).removeprefix("torch.")
     config.resume_from_checkpoint = _checkpoint(config)
     init = {"revision": model.model_revision, "dtype": model.dtype, "attn_implementation": model.attn_implementation}
     config.model_init_kwargs = {**init, **(config.model_init_kwargs or {})}
@@ -99,7 +103,7 @@ def parse(argv: list[str], arguments: type[DataArguments], config: type[Training
 
 def parse_model(argv: list[str], arguments: type[ModelArguments], **defaults: Any) -> tuple:
     """As `parse`, for a recipe that trains nothing: `arguments` and `trl.ModelConfig`."""
-    args, model = parse_arguments(argv, (arguments, ModelConfig), **defaults)
+    args, model = parse_arguments(argv, (arguments, ModelConfig), **{"dtype": "float32", **defaults})
     check_model(model, args.trust_remote_code)
     return args, model
 
@@ -148,7 +152,8 @@ def parse_arguments(argv: list[str], classes: tuple[type, ...], **defaults: Any)
     """Objects of `classes` from flags over the YAML file of `--config`."""
     parser = Parser(classes)
     if ModelConfig in classes:
-        defaults["use_bnb_nested_quant"] = True  # with --load_in_4bit: 0.4 bits a weight less
+        # The first with --load_in_4bit: 0.4 bits a weight less; the second is found in `parse`
+        defaults = {"use_bnb_nested_quant": True, "dtype": None, **defaults}
     parser.set_defaults(**defaults)
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if argv[-1:] == ["--config"]:
@@ -244,15 +249,19 @@ def watched_memory(config: TrainingArguments, model: ModelConfig, **sizes: Any) 
     def say(text: str) -> None:  # where progress bars go
         print("memory:", text, file=sys.stderr, flush=True)
 
+    gpu = torch.cuda.is_available()
     try:
         parts = predict(_base_config(config, model), _load_of(config, model, sizes))
         most = sorted(PARTS, key=parts.get, reverse=True)[:3]
-        predicted = f"at most {peak(parts) / 1e9:.2f} GB predicted"
+        predicted = f"{peak(parts) / 1e9:.2f} GB predicted"
         say(f"{predicted}, of it " + ", ".join(f"{part} {parts[part] / 1e9:.2f}" for part in most))
+        if gpu:  # what torch counts there is without the context
+            predicted = f"{(peak(parts) - parts['context']) / 1e9:.2f} GB predicted, CUDA's own not counted"
     except Exception as error:  # a prediction is a service, and architectures differ; the run goes on without
         predicted = "no prediction for this model"
         say(f"{predicted} ({type(error).__name__}: {' '.join(str(error).split())[:100]})")
-    with PeakMemory() as measured:
+    # Of a file whose weights were packed into fewer bits, pages stay that nobody reads
+    with PeakMemory(anonymous=model.load_in_4bit or model.load_in_8bit) as measured:
         yield
     say(f"peak {measured.bytes / 1e9:.2f} GB, {predicted}")
 
@@ -260,13 +269,14 @@ def watched_memory(config: TrainingArguments, model: ModelConfig, **sizes: Any) 
 def _load_of(config: TrainingArguments, model: ModelConfig, sizes: dict[str, Any]) -> Load:
     if "completion" not in sizes:
         sizes = {**sizes, "prompt": 1, "completion": (config.max_length or 1024) - 1}
-    bits = 4 if model.load_in_4bit else 8 if model.load_in_8bit else 16 if "16" in str(model.dtype) else 32
+    dtype = _base_config(config, model).dtype if model.dtype == "auto" else model.dtype
     folder = Path(model.model_name_or_path)
     adapter = PeftConfig.from_pretrained(folder) if (folder / "adapter_config.json").is_file() else None
     return Load(
         lora=get_peft_config(model) or adapter,
-        bits=bits,
-        compute=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32,
+        dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32,
+        bits=4 if model.load_in_4bit else 8 if model.load_in_8bit else None,
+        compute=_compute_type(config),
         checkpointing=config.gradient_checkpointing,
         state_bytes=2 if "8bit" in str(config.optim) else 8,
         cuda=torch.cuda.is_available(),
@@ -274,11 +284,19 @@ def _load_of(config: TrainingArguments, model: ModelConfig, sizes: dict[str, Any
     )
 
 
-def _base_config(config: TrainingArguments, model: ModelConfig) -> PreTrainedConfig:
-    name = model.model_name_or_path
+def _compute_type(config: TrainingArguments) -> torch.dtype:
+    return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+
+
+def base_of(name: str) -> str:
+    """The base of an adapter's folder, or the full model itself: a hub id, or a folder without links or `..` in it."""
     if (Path(name) / "adapter_config.json").is_file():
         name = PeftConfig.from_pretrained(name).base_model_name_or_path
-    return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    return os.path.realpath(name) if Path(name).is_dir() else name
+
+
+def _base_config(config: TrainingArguments, model: ModelConfig) -> PreTrainedConfig:
+    return AutoConfig.from_pretrained(base_of(model.model_name_or_path), trust_remote_code=config.trust_remote_code)
 
 
 def finish(trainer: Trainer, then: str) -> None:

@@ -5,8 +5,9 @@ Make one 16-bit model of an adapter and its base, to run, share or convert it an
 
 The adapter is merged into the 16-bit base, also if it was trained on a 4-bit one (a merge into 4-bit weights is not
 exact). Before anything is written, the log-probs of a few texts under the merged model are compared with those under
-the adapter on the same base. The folder holds safetensors, tokenizer and chat template; llama.cpp's
-convert_hf_to_gguf.py reads it as it is. `--dtype` is bfloat16 (default), float16 or float32.
+the adapter on the same base: they may differ by rounding, and by less than what the adapter does. The folder holds
+safetensors, tokenizer and chat template; llama.cpp's convert_hf_to_gguf.py reads it as it is. `--dtype` is bfloat16
+(default), float16 or float32.
 """
 
 from dataclasses import dataclass, field
@@ -72,6 +73,11 @@ def main(argv: list[str]) -> None:
     )
     if not difference.mean() <= args.tolerance:  # NaN does not agree either
         raise InputError(f"{report}: over tolerance={args.tolerance}, nothing is written; try --dtype float32")
+    if effect > 0 and not difference.mean() <= effect / 2:  # as far away as without the adapter
+        raise InputError(
+            f"{report}: too close to the base to tell whether it was merged, nothing is written; use --dtype float16, "
+            f"which rounds less, or float32"
+        )
     merged.save_pretrained(target)
     tokenizer.save_pretrained(target)
     print(f"{report}\n\nmodel: {target}\nnext:  python recipes/chat.py --model_name_or_path {target}")

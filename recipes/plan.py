@@ -10,6 +10,7 @@ here, on two short models of this shape; `--tokens_per_second` (forward and back
 another machine.
 """
 
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,9 @@ import torch
 import yaml
 from common import ModelArguments, parse_arguments, run
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, PreTrainedConfig
+from transformers.utils import is_bitsandbytes_available
+from trl import ModelConfig, get_quantization_config
 
 from instructgpt_trl.data import InputError, check_output_dir
 from instructgpt_trl.memory import PARTS, STAGES, Load, largest, peak, predict, shortened
@@ -41,7 +44,9 @@ class Arguments(ModelArguments):
     gpu: float | None = field(default=None, metadata={"help": "Memory of the card, GB. Without: this machine's."})
     load_in_4bit: bool = field(default=False, metadata={"help": "A base of 4 bits a weight."})
     load_in_8bit: bool = field(default=False, metadata={"help": "A base of 8 bits a weight."})
-    dtype: str | None = field(default=None, metadata={"help": "float32 or bfloat16. Without: bfloat16 on a GPU."})
+    dtype: str | None = field(
+        default=None, metadata={"help": "Of the weights. Without: bfloat16 on a GPU, where all are trained float32."}
+    )
     full: bool = field(default=False, metadata={"help": "Train all weights, not LoRA adapters."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
     optim: str = field(default="adamw_torch_fused", metadata={"help": "Optimizer, as in TrainingArguments."})
@@ -53,6 +58,7 @@ class Arguments(ModelArguments):
     rankings: int = field(default=1000, metadata={"help": "Rows of stage 2, for the hours; one epoch."})
     episodes: int = field(default=10_000, metadata={"help": "Episodes of stage 3, for the hours."})
     tokens_per_second: float | None = field(default=None, metadata={"help": "Rate of training, instead of measuring."})
+    conversational: bool = field(default=False, metadata={"help": "Write it to the settings, as for a chat model."})
     output_dir: str = field(default="runs/plan", metadata={"help": "Where the YAML files go."})
 
 
@@ -70,7 +76,6 @@ def read_config(args: Arguments) -> PreTrainedConfig:
 
 def load_of(args: Arguments, stage: str) -> Load:
     """What a stage asks for with one row a pass; a reward model's pass has all completions of a prompt."""
-    bits = 4 if args.load_in_4bit else 8 if args.load_in_8bit else 16 if args.dtype == "bfloat16" else 32
     lora = LoraConfig(r=args.lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
     ppo = stage == "ppo_ptx"
     return Load(
@@ -81,12 +86,17 @@ def load_of(args: Arguments, stage: str) -> Load:
         sampled=1 if ppo else 0,
         ptx_length=args.prompt + args.completion if ppo else 0,
         lora=None if args.full else lora,
-        bits=bits,
-        compute=getattr(torch, args.dtype),
+        dtype=getattr(torch, args.dtype),
+        bits=4 if args.load_in_4bit else 8 if args.load_in_8bit else None,
+        compute=torch.bfloat16 if for_gpu(args) else torch.float32,  # as the configs pick it
         checkpointing=args.gradient_checkpointing,
         state_bytes=2 if "8bit" in args.optim else 8,
-        cuda=args.gpu is not None or torch.cuda.is_available(),
+        cuda=for_gpu(args),
     )
+
+
+def for_gpu(args: Arguments) -> bool:
+    return args.gpu is not None or torch.cuda.is_available()
 
 
 @dataclass
@@ -160,6 +170,7 @@ def settings(args: Arguments, stage: Stage) -> dict[str, Any]:
     }
     first = stage.name == "sft"
     values = {
+        "conversational": args.conversational or None,
         "dtype": args.dtype,
         "load_in_4bit": args.load_in_4bit or None,
         "load_in_8bit": args.load_in_8bit or None,
@@ -169,6 +180,7 @@ def settings(args: Arguments, stage: Stage) -> dict[str, Any]:
         "residual_dropout": 0 if first else None,
         "per_device_train_batch_size": stage.rows,
         "gradient_accumulation_steps": batch // stage.rows,
+        "per_device_eval_batch_size": stage.rows,
         "max_length": None if ppo else length,
         "gradient_checkpointing": args.gradient_checkpointing,
         "optim": args.optim,
@@ -189,7 +201,8 @@ def settings(args: Arguments, stage: Stage) -> dict[str, Any]:
 def write_settings(args: Arguments, stage: Stage, limit: int) -> Path:
     file = Path(args.output_dir) / f"{stage.name}.yaml"
     found = f"{peak(stage.parts) / GB:.2f} of {limit / GB:.1f} GB"
-    head = f"# {args.model}, {stage.name}: predicted peak {found} ({'fits' if stage.fits else _too_large(stage)}).\n"
+    fits = "fits" if stage.fits else _too_large(stage)
+    head = f"# {args.model}, {stage.name}: predicted peak {found} ({fits}). Not run on such a machine.\n"
     file.write_text(head + yaml.safe_dump(settings(args, stage), sort_keys=False), encoding="utf-8")
     return file
 
@@ -199,8 +212,8 @@ def write_settings(args: Arguments, stage: Stage, limit: int) -> Path:
 
 def seconds_a_token(config: PreTrainedConfig, args: Arguments, rows: int) -> tuple[float, float]:
     """
-    Of a training pass, and of decoding `rows` completions at a time: measured on models of one and of three layers of
-    this shape with random weights, and carried on to all layers.
+    Of a training pass as it will run (gradient checkpointing, quantised layers), and of decoding `rows` completions at
+    a time: measured on models of one and of three layers of this shape, and carried on to all layers.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     training, decoding = [], []
@@ -215,8 +228,26 @@ def seconds_a_token(config: PreTrainedConfig, args: Arguments, rows: int) -> tup
 
 
 def short_model(config: PreTrainedConfig, args: Arguments, layers: int) -> torch.nn.Module:
+    """So many layers of this shape with random weights."""
     model = AutoModelForCausalLM.from_config(shortened(config, layers), dtype=getattr(torch, args.dtype))
-    return model if args.full else get_peft_model(model, load_of(args, "sft").lora)
+    if quantization := quantization_of(args):
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, quantization_config=quantization)
+    network = model if args.full else get_peft_model(model, load_of(args, "sft").lora)
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        if not args.full:
+            network.enable_input_require_grads()
+    return network.train()
+
+
+def quantization_of(args: Arguments) -> BitsAndBytesConfig | None:
+    """As the recipes have it; none where bitsandbytes is not installed, since a plan needs no weights."""
+    given = {"load_in_4bit": args.load_in_4bit, "load_in_8bit": args.load_in_8bit}
+    if not is_bitsandbytes_available():
+        return None
+    return get_quantization_config(ModelConfig(**given, dtype=args.dtype, use_bnb_nested_quant=True))
 
 
 def train_step(model: torch.nn.Module, ids: torch.Tensor) -> None:
@@ -249,12 +280,16 @@ def fastest(work: Callable[..., None], *args: Any) -> float:
 
 
 def hours(args: Arguments, stage: str, training: float, decoding: float) -> float:
-    """A forward pass counts as a third of a training pass. PPO has four of those, and three training passes."""
+    """
+    A backward pass counts as two forward ones, of which gradient checkpointing adds one more. An episode of PPO takes
+    four forward passes, three training passes and its sampling.
+    """
     length = args.prompt + args.completion
+    forward = training / (4 if args.gradient_checkpointing else 3)
     seconds = {
         "sft": 2 * args.demonstrations * length * training,
         "reward": args.rankings * args.completions * length * training,
-        "ppo_ptx": args.episodes * (length * (3 + 4 / 3) * training + args.completion * decoding),
+        "ppo_ptx": args.episodes * (length * (3 * training + 4 * forward) + args.completion * decoding),
     }
     return seconds[stage] / 3600
 
@@ -277,8 +312,8 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--recipe {args.recipe}: expected one of {', '.join(STAGES)}")
     check_output_dir(args.output_dir)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    gpu = args.gpu is not None or torch.cuda.is_available()
-    args.dtype = args.dtype or ("bfloat16" if gpu else "float32")
+    gpu = for_gpu(args)
+    args.dtype = args.dtype or ("bfloat16" if gpu and not args.full else "float32")
     limit = int(USABLE * (args.gpu * GB if args.gpu else memory_here()))
     config = read_config(args)
     stages = []
@@ -291,8 +326,11 @@ def main(argv: list[str]) -> None:
         training = decoding = 1 / args.tokens_per_second
         print(f"\nhours, at {args.tokens_per_second:.0f} tokens a second:", end=" ")
     else:
-        training, decoding = seconds_a_token(config, args, rows=8)
-        rates = f"{1 / training:.0f} tokens/s trained, {1 / decoding:.0f} sampled, measured"
+        at_once = stages[-1].load.sampled or 1
+        training, decoding = seconds_a_token(config, args, at_once)
+        rates = f"{1 / training:.0f} tokens/s trained, {1 / decoding:.0f} sampled {at_once} at a time, measured"
+        if args.load_in_4bit + args.load_in_8bit and not is_bitsandbytes_available():
+            rates += " without quantisation: bitsandbytes is not installed"
         print(f"\nhours on {device_here(gpu)} ({rates}):", end=" ")
     print(", ".join(f"{stage.name} {hours(args, stage.name, training, decoding):.1f}" for stage in stages))
     print(f"for {args.demonstrations} demonstrations, {args.rankings} rankings, {args.episodes} episodes\n")

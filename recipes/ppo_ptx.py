@@ -11,8 +11,8 @@ Without `--ptx_dataset` this is PPO. Flags and `--config` are as in sft.py.
 from dataclasses import dataclass, field
 from typing import Any
 
-from common import DataArguments, final_evaluation, finish, parse, read, read_and_split, run, watched_memory
-from trl import get_peft_config, get_quantization_config
+from common import DataArguments, base_of, final_evaluation, finish, parse, read, read_and_split, run, watched_memory
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from instructgpt_trl import PPOConfig, PPOTrainer
 
@@ -30,7 +30,7 @@ class Arguments(DataArguments):
 def main(argv: list[str]) -> None:
     args, config, model = parse(argv, Arguments, PPOConfig, output_dir="runs/ppo_ptx")
     prompts, held_out = read_and_split(args, config, "prompt")
-    with watched_memory(config, model, **sizes(args, config)):
+    with watched_memory(config, model, **sizes(args, config, model)):
         trainer = PPOTrainer(
             model=model.model_name_or_path,
             reward_model=args.reward_model,
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     finish(trainer, f'python -c "from transformers import pipeline; print({generate})"')
 
 
-def sizes(args: Arguments, config: PPOConfig) -> dict[str, Any]:
+def sizes(args: Arguments, config: PPOConfig, model: ModelConfig) -> dict[str, Any]:
     """For the prediction of memory."""
     prompt, completion = config.max_prompt_length or 1024, config.max_completion_length
     return {
@@ -61,6 +61,7 @@ def sizes(args: Arguments, config: PPOConfig) -> dict[str, Any]:
         "ptx_length": (config.ptx_max_length or prompt + completion) if args.ptx_dataset and config.ptx_coef else 0,
         "reference": config.beta != 0,
         "ema": config.ema_decay > 0,
+        "reward_base": base_of(args.reward_model) != base_of(model.model_name_or_path),
     }
 
 

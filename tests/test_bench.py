@@ -27,13 +27,14 @@ def test_memory_of_our_side_alone(tmp_path):
 
 
 def test_planner_table(tmp_path):
-    rows, shown = run("planner.py", tmp_path / "out.json", "--quick", "--batch", "2")
+    rows, shown = run("planner.py", tmp_path / "out.json", "--quick", "--batch", "64")
     assert [(row["model"], row["trained"], row["checkpointing"]) for row in rows] == [
         ("1M", "LoRA", True),
         ("1M", "LoRA", False),
     ]
     for row in rows:
-        assert row["off"] == pytest.approx(row["predicted_mb"] / row["measured_mb"] - 1)
+        assert row["predicted_mb"] > 200 and row["measured_mb"] > 200
+        assert abs(row["predicted_mb"] / row["measured_mb"] - 1) < 0.15
     assert f"largest difference: {max(abs(row['off']) for row in rows):.1%}" in shown
 
 

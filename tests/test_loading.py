@@ -1,16 +1,19 @@
-"""Adapters whose vocabulary grew: every stage that reads the folder of the one before it."""
+"""Loading a policy: vocabularies that grew, in every stage that reads the folder of the one before it; its LM head."""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, make_llama, make_tokenizer
 from datasets import Dataset
 from peft import get_peft_model
-from ppo_helpers import config, logged, lora
+from ppo_helpers import config, known, logged, lora
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from instructgpt_trl import PPOTrainer, RewardConfig, RewardModel, RewardTrainer, SFTConfig, SFTTrainer
 from instructgpt_trl.data import InputError
-from instructgpt_trl.models.loading import load_policy
+from instructgpt_trl.models.loading import fold_last_position, load_policy
 
 # PEFT's, of its own wrapper of a tied LM head: peft/tuners/trainable_tokens/layer.py, TrainableTokensLayer.__init__
 pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type '<class 'peft:UserWarning")
@@ -119,3 +122,36 @@ def test_an_adapter_of_another_shape_is_one_line(tmp_path):
     with pytest.raises(InputError, match="the adapter does not fit its base: .*size mismatch") as error:
         load_policy(str(tmp_path / "sft"))
     assert "\n" not in str(error.value)
+
+
+class Products(TorchDispatchMode):
+    """Names of the operations whose result has `size` columns."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.names = size, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dim() and out.size(-1) == self.size and "mm" in func.__name__:
+            self.names.append(func.__name__.split(".")[0])
+        return out
+
+
+def test_the_head_gets_the_last_positions_as_one_matrix():
+    """Not row by row, `bmm`, for which torch copies a frozen bfloat16 head once a row on a CPU."""
+    model = make_llama().bfloat16().requires_grad_(False)
+    names = []
+    for fold in (nullcontext, fold_last_position, nullcontext):
+        with fold(model), Products(258) as products:
+            model(torch.zeros(3, 5, dtype=torch.long), logits_to_keep=1)
+        names.append(products.names)
+    assert names == [["bmm"], ["mm"], ["bmm"]]
+
+
+def test_the_policy_samples_so(folders, tmp_path, prompts, monkeypatch):
+    trainer = PPOTrainer(folders.sft, reward_funcs=known([1.0] * 4), args=config(tmp_path), train_dataset=prompts)
+    head, seen = trainer.roles.policy.model.get_output_embeddings(), []
+    head.register_forward_hook(lambda module, args, out: seen.append(args[0].is_contiguous()))
+    trainer.rollout([prompts[i] for i in range(4)])
+    assert len(seen) > 1 and all(seen)

@@ -47,7 +47,7 @@ def main() -> None:
         sft, reward = make_stages(base, folder, args.full)
         setting = {
             **{name: getattr(args, name) for name in ("dtype", "full", "batch", "prompt", "completion", "updates")},
-            **{"base": str(base), "sft": sft, "reward": reward, "bits": 32},
+            **{"base": str(base), "sft": sft, "reward": reward, "bits": None},
             **{"checkpointing": not args.no_checkpointing, "ptx": True, "anonymous": True},
         }
         found = {}

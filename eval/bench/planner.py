@@ -3,8 +3,10 @@ The planner against measurement: peak memory of PPO-ptx updates, predicted witho
 
     python eval/bench/planner.py            # eighteen settings, half an hour on two cores
     python eval/bench/planner.py --quick    # two small ones
+    python eval/bench/planner.py --kinds LoRA --sizes 135M --dtype bfloat16 --rollout 128 --prompt 32 --completion 96
 
-Three model sizes; LoRA, all weights, LoRA on a 4-bit base; gradient checkpointing on and off. Measured is
+Three model sizes; LoRA, all weights, LoRA on a 4-bit base; gradient checkpointing on and off. The last one is about
+sampling: 128 completions at a time, trained on in batches of 8. Measured is
 anonymous memory beyond the process's size after imports, looked at every 10 ms.
 """
 
@@ -31,7 +33,7 @@ SHAPES = {
     | {"num_attention_heads": 8, "num_key_value_heads": 2},
     "135M": SMOLLM2,
 }
-KINDS = {"LoRA": (False, 32), "all weights": (True, 32), "LoRA, 4-bit": (False, 4)}
+KINDS = {"LoRA": (False, None), "all weights": (True, None), "LoRA, 4-bit": (False, 4)}
 
 
 def load_of(setting: dict) -> Load:
@@ -40,9 +42,10 @@ def load_of(setting: dict) -> Load:
         rows=setting["batch"],
         prompt=setting["prompt"],
         completion=setting["completion"],
-        sampled=setting["batch"],
+        sampled=setting["rollout"],
         ptx_length=setting["prompt"] + setting["completion"],
         lora=None if setting["full"] else lora(),
+        dtype=getattr(torch, setting["dtype"]),
         bits=setting["bits"],
         compute=getattr(torch, setting["dtype"]),
         checkpointing=setting["checkpointing"],
@@ -55,24 +58,29 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=112, help="tokens")
     parser.add_argument("--completion", type=int, default=16, help="tokens; sampling in 4 bits is slow on a CPU")
+    parser.add_argument("--rollout", type=int, help="completions sampled at a time; without, a batch")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights and passes")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="what is trained")
     parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=["30M", "70M", "135M"])
     parser.add_argument("--json", help="file for the table")
     args = parser.parse_args()
     sizes = ["1M"] if args.quick else args.sizes
-    kinds = {"LoRA": KINDS["LoRA"]} if args.quick else KINDS
+    kinds = {name: KINDS[name] for name in (["LoRA"] if args.quick else args.kinds)}
     rows = []
     print(f"{'model':>6}  {'trained':<12} {'checkpointing':<13} {'predicted':>9} {'measured':>9}   MB")
     with tempfile.TemporaryDirectory() as name:
         for size, (kind, (full, bits)), checkpointing in itertools.product(sizes, kinds.items(), (True, False)):
             folder = Path(name) / f"{size}-{full}"
             if not folder.is_dir():
-                # Loading float32 from bfloat16 leaves no pages of the file in memory, which nobody needs
-                make_model(folder / "base", SHAPES[size], torch.bfloat16)
-                make_stages(folder / "base", folder, full, torch.bfloat16)
+                # Loaded in another type than they are saved in, weights leave no pages of their file in memory
+                saved = torch.bfloat16 if args.dtype == "float32" else torch.float32
+                make_model(folder / "base", SHAPES[size], saved)
+                make_stages(folder / "base", folder, full, saved)
             setting = {"side": "ours", "base": str(folder / "base"), "sft": str(folder / "sft")}
             setting |= {"reward": str(folder / "reward"), "full": full, "bits": bits, "checkpointing": checkpointing}
             setting |= {"batch": args.batch, "prompt": args.prompt, "completion": args.completion}
-            setting |= {"dtype": "float32", "updates": 2, "ptx": True, "anonymous": True}
+            setting |= {"rollout": args.rollout or args.batch}
+            setting |= {"dtype": args.dtype, "updates": 2, "ptx": True, "anonymous": True}
             file = folder / "setting.json"
             file.write_text(json.dumps(setting), encoding="utf-8")
             predicted = peak(predict(AutoConfig.from_pretrained(folder / "base"), load_of(setting))) / MB

@@ -65,7 +65,7 @@ def common_arguments(setting: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def quantized(setting: dict[str, Any]) -> BitsAndBytesConfig | None:
-    if setting["bits"] >= 16:
+    if setting["bits"] is None:
         return None
     return BitsAndBytesConfig(
         load_in_4bit=setting["bits"] == 4,
@@ -77,9 +77,10 @@ def quantized(setting: dict[str, Any]) -> BitsAndBytesConfig | None:
 
 
 def ours(setting: dict[str, Any], folder: str, clock: Clock) -> Any:
+    rollout = setting.get("rollout", setting["batch"])
     args = instructgpt_trl.PPOConfig(
         **common_arguments(setting, folder),
-        steps_per_generation=1,
+        steps_per_generation=rollout // setting["batch"],
         max_steps=setting["updates"],
         max_prompt_length=None,
         max_completion_length=setting["completion"],
@@ -96,7 +97,7 @@ def ours(setting: dict[str, Any], folder: str, clock: Clock) -> Any:
         setting["sft"],
         reward_model=setting["reward"],
         args=args,
-        train_dataset=prompts(tokenizer, setting["batch"] * setting["updates"], setting["prompt"]),
+        train_dataset=prompts(tokenizer, max(rollout, setting["batch"] * setting["updates"]), setting["prompt"]),
         ptx_dataset=Dataset.from_dict({"text": text}) if setting["ptx"] else None,
         callbacks=[clock],
         quantization_config=quantized(setting),

@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of a causal language model")
     parser.add_argument("--shape", choices=SHAPES, default="135M", help="of the random model without one")
-    parser.add_argument("--bits", type=int, choices=[4, 8, 32], default=4)
+    parser.add_argument("--bits", type=int, choices=[4, 8], default=4)
     parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

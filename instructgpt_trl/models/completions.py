@@ -7,6 +7,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.encoding import turn_end
+from .loading import fold_last_position
 
 
 def greedy_completions(
@@ -38,11 +39,12 @@ def greedy_completions(
     training = model.training
     model.eval()
     try:
-        output = model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=config,
-        )
+        with fold_last_position(model):
+            output = model.generate(
+                input_ids=input_ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=config,
+            )
     finally:
         model.train(training)
     ends = set(config.eos_token_id)

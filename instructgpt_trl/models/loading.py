@@ -10,6 +10,7 @@ from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -191,6 +192,18 @@ def keep_gradients(network: nn.Module) -> None:
                 f"{name}: bitsandbytes has packed its 4-bit weights for evaluation on this CPU, and no gradient "
                 f"passes them; load the model anew and train it before it is evaluated"
             )
+
+
+def fold_last_position(model: PreTrainedModel) -> RemovableHandle:
+    """
+    Give the LM head the last position of many rows as one matrix. As it comes, torch multiplies each row by a copy of
+    a frozen head of its own in bfloat16 on a CPU: 7 GB for 128 rows and SmolLM2's vocabulary, a hundred times slower.
+    """
+
+    def folded(head: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return args[0].contiguous(), *args[1:]
+
+    return model.get_output_embeddings().register_forward_pre_hook(folded)
 
 
 @contextmanager
