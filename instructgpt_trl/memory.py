@@ -29,7 +29,7 @@ from .data.episodes import Episodes, attention_mask
 from .models.reward_network import last_token_scores
 from .models.roles import Role, adapter_parameters
 
-__all__ = ["PARTS", "STAGES", "Load", "largest", "peak", "predict", "shortened", "traced_peak"]
+__all__ = ["PARTS", "STAGES", "Load", "largest", "peak", "predict", "predict_sampling", "shortened", "traced_peak"]
 
 STAGES = ("sft", "reward", "ppo_ptx")
 PARTS = ("base", "adapters and heads", "gradients", "optimizer", "activations", "logits chunk", "sampling", "context")
@@ -94,12 +94,15 @@ def predict(config: PreTrainedConfig, load: Load) -> dict[str, int]:
         _, without = _carried_on(config, partial(_parts, load=load, embeddings=False))
         found |= {name: max(few[name], without[name]) for name in ("activations", "whole")}
     found["logits chunk"] = max(0, found["whole"] - found["activations"])
-    found["sampling"] = 0
-    if load.stage == "ppo_ptx":
-        # While the first block reads the prompts it holds more than it leaves in the cache, and hides how that grows
-        _, sampling = _carried_on(config, partial(_sampling, load=load), blocks=2)
-        found["sampling"] = max(sampling.values())
+    found["sampling"] = predict_sampling(config, load) if load.sampled else 0
     return {name: found[name] for name in PARTS}
+
+
+def predict_sampling(config: PreTrainedConfig, load: Load) -> int:
+    """The part "sampling" of [`predict`] alone, which is the only one that depends on `load.sampled`."""
+    # While the first block reads the prompts it holds more than it leaves in the cache, and hides how that grows
+    _, found = _carried_on(config, partial(_sampling, load=load), blocks=2)
+    return max(found.values())
 
 
 def _carried_on(
@@ -124,12 +127,12 @@ def peak(parts: dict[str, int]) -> int:
     return always + max(parts["activations"] + parts["logits chunk"], parts["sampling"])
 
 
-def largest(config: PreTrainedConfig, limit: int, load_of: Callable[[int], Load], most: int = 4096) -> int:
-    """The largest `n` up to `most` whose load, `load_of(n)`, fits `limit` bytes; 0 if not even 1 does."""
+def largest(peak_of: Callable[[int], int], limit: int, most: int = 4096) -> int:
+    """The largest `n` up to `most` of which `peak_of(n)` bytes, more with each `n`, are at most `limit`, or 0."""
     known: dict[int, int] = {}
     below, above, guess = 0, most + 1, 1  # `below` fits, `above` does not
     while above - below > 1:
-        known[guess] = peak(predict(config, load_of(guess)))
+        known[guess] = peak_of(guess)
         below, above = (guess, above) if known[guess] <= limit else (below, guess)
         guess = min(max(_next_guess(known, limit), below + 1), above - 1)
     return below

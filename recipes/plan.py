@@ -27,7 +27,7 @@ from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, get_quantization_config
 
 from instructgpt_trl.data import InputError, check_output_dir
-from instructgpt_trl.memory import PARTS, STAGES, Load, largest, peak, predict, shortened
+from instructgpt_trl.memory import PARTS, STAGES, Load, largest, peak, predict, predict_sampling, shortened
 
 GB = 1e9
 USABLE = 0.9  # of a card's memory; the rest is for what its allocator rounds up and scatters, and for the display
@@ -83,7 +83,6 @@ def load_of(args: Arguments, stage: str) -> Load:
         rows=args.completions if stage == "reward" else 1,
         prompt=args.prompt,
         completion=args.completion,
-        sampled=1 if ppo else 0,
         ptx_length=args.prompt + args.completion if ppo else 0,
         lora=None if args.full else lora,
         dtype=getattr(torch, args.dtype),
@@ -117,21 +116,25 @@ def plan(config: PreTrainedConfig, args: Arguments, name: str, limit: int) -> St
     def at_once(n: int) -> Load:
         return replace(one, rows=n * one.rows)
 
-    def sampled(n: int) -> Load:
-        return replace(at_once(rows), sampled=n)
-
     def length(n: int) -> Load:
         prompt = n * 64 * args.prompt // (args.prompt + args.completion)
         return replace(one, prompt=prompt, completion=64 * n - prompt, ptx_length=64 * n if one.ptx_length else 0)
 
-    fits = largest(config, limit, at_once, most=BATCH[name])
+    fits = largest(lambda n: peak(predict(config, at_once(n))), limit, most=BATCH[name])
     rows = max(n for n in range(1, max(fits, 1) + 1) if BATCH[name] % n == 0)
     load = at_once(rows)
-    if name == "ppo_ptx" and fits:
-        load = sampled(largest(config, limit, sampled, most=ROLLOUT))
+    parts = predict(config, load)
+    if name == "ppo_ptx":  # what a training pass leaves room for, and one completion takes less than that
+
+        def with_sampled(n: int) -> dict[str, int]:
+            return {**parts, "sampling": predict_sampling(config, replace(load, sampled=n))}
+
+        most = largest(lambda n: peak(with_sampled(n)), limit, most=ROLLOUT)
+        load = replace(load, sampled=max(most, 1))
+        parts = with_sampled(load.sampled)
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
-    longest = 64 * largest(config, limit, length, most=max(context // 64, 1))
-    return Stage(name, load, fits, rows, longest, predict(config, load))
+    longest = 64 * largest(lambda n: peak(predict(config, length(n))), limit, most=max(context // 64, 1))
+    return Stage(name, load, fits, rows, longest, parts)
 
 
 def table(stages: list[Stage], limit: int) -> str:

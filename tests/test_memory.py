@@ -183,11 +183,13 @@ def test_the_largest_load_fits_and_the_next_one_does_not():
     def load(n: int) -> Load:
         return replace(LOAD, stage="reward", rows=n, lora=shape, checkpointing=False)
 
+    def peak_of(n: int) -> int:
+        return peak(predict(shape_config, load(n)))
+
     for rows in (1, 50):
-        limit = peak(predict(shape_config, load(rows))) + 1
-        assert largest(shape_config, limit, load) == rows
-    assert largest(shape_config, 1000, load) == 0
-    assert largest(shape_config, 10**9, load, most=5) == 5
+        assert largest(peak_of, peak_of(rows) + 1) == rows
+    assert largest(peak_of, 1000) == 0
+    assert largest(peak_of, 10**9, most=5) == 5
 
 
 @settings(max_examples=200, deadline=None)
@@ -202,10 +204,12 @@ def test_the_largest_is_found_in_few_steps_wherever_another_part_takes_over(line
         return max(slope * n + start for slope, start in lines) + bent * n * n
 
     asked = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "predict", lambda config, n: {"n": n, "asked": asked.append(n)})
-        patch.setattr(memory, "peak", lambda parts: size(parts["n"]))
-        found = largest(None, limit, lambda n: n, most)
+
+    def peak_of(n: int) -> int:
+        asked.append(n)
+        return size(n)
+
+    found = largest(peak_of, limit, most)
     assert found == max((n for n in range(1, most + 1) if size(n) <= limit), default=0)
     assert len(asked) == len(set(asked)) <= 12
 
