@@ -26,8 +26,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, P
 
 from ._trl import add_fused_lm_head, triton_lm_head
 from .data.episodes import Episodes, attention_mask
+from .data.sharing import share_prompts, shared_attention_mask
 from .models.reward_network import last_token_scores
 from .models.roles import Role, adapter_parameters
+from .models.sharing import why_not_by_config
 
 __all__ = ["PARTS", "STAGES", "Load", "largest", "peak", "predict", "predict_sampling", "shortened", "traced_peak"]
 
@@ -44,6 +46,8 @@ class Load:
         stage (`str`): "sft", "reward" or "ppo_ptx".
         rows (`int`): sequences in one training pass; those of a reward model are the completions of its prompts.
         prompt, completion (`int`): tokens of the longest sequence.
+        shared (`int`): completions that stand behind one copy of their prompt ("reward"), where the architecture can
+            do that; 1 for sequences of their own.
         sampled (`int`): completions sampled at a time ("ppo_ptx").
         ptx_length (`int`): tokens of a pretraining example ("ppo_ptx"); 0 without.
         lora (`PeftConfig`, *optional*): shape of the adapters; without, all weights are trained.
@@ -62,6 +66,7 @@ class Load:
     rows: int
     prompt: int
     completion: int
+    shared: int = 1
     sampled: int = 0
     ptx_length: int = 0
     lora: PeftConfig | None = None
@@ -277,6 +282,9 @@ def _passes(network: nn.Module, model: PreTrainedModel, load: Load) -> dict[str,
         role = _role(network, model, load)
         batch = _episodes(load.rows, load.prompt, load.completion)
         if load.stage == "reward":
+            if load.shared > 1 and why_not_by_config(model.config) is None:
+                groups = [[[0] * load.completion] * load.shared] * (load.rows // load.shared)
+                batch, _ = share_prompts([[0] * load.prompt] * len(groups), groups, pad_token_id=0)
             scored = _training_peak(role, partial(_scores, role, batch))
             return {"activations": scored, "whole": scored}
         backbone = _training_peak(role, lambda: role.values(batch)[0])
@@ -377,11 +385,14 @@ def _episodes(rows: int, prompt: int, completion: int) -> Episodes:
     }
 
 
-def _scores(role: Role, batch: Episodes) -> torch.Tensor:
-    mask = attention_mask(batch)
+def _scores(role: Role, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of episodes, or of completions behind one copy of their prompt."""
+    shared = "segments" in batch
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+    mask = shared_attention_mask(batch["segments"], batch["prefixes"]) if shared else attention_mask(batch)
     with role.autocast():
-        hidden = role.model.base_model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False)
-    return last_token_scores(hidden.last_hidden_state, mask, role.head)
+        hidden = role.model.base_model(**inputs, attention_mask=mask, use_cache=False).last_hidden_state
+    return role.head(hidden.flatten(0, 1)[batch["ends"]]) if shared else last_token_scores(hidden, mask, role.head)
 
 
 def _training_peak(role: Role, method: Callable[[], torch.Tensor]) -> int:

@@ -6,6 +6,7 @@ import trl
 from transformers import SchedulerType
 
 from ._trl import precision
+from .data import InputError
 
 
 @dataclass
@@ -27,6 +28,13 @@ class RewardConfig(trl.RewardConfig):
             Second beta of Adam; the first is 0.9 [C].
         bf16 (`bool`, *optional*):
             If neither `bf16` nor `fp16` is set: bf16, fp16 or fp32 by what the device has.
+
+        > New
+
+        prefix_sharing (`str`, *optional*, defaults to `"auto"`):
+            Encode a prompt once for all its completions: "auto" where the network gives the same scores so, which is
+            checked at the start, and where it takes fewer operations; "on" refuses other networks; "off" encodes each
+            completion behind a prompt of its own, as TRL does.
 
         > Same default, more meaning
 
@@ -54,7 +62,17 @@ class RewardConfig(trl.RewardConfig):
     )
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW (InstructGPT C)."})
 
+    prefix_sharing: str = field(
+        default="auto",
+        metadata={
+            "help": "Encode a prompt once for its completions: auto, on or off.",
+            "choices": ["auto", "on", "off"],
+        },
+    )
+
     def __post_init__(self):
+        if self.prefix_sharing not in ("auto", "on", "off"):
+            raise InputError(f"prefix_sharing={self.prefix_sharing!r}: expected 'auto', 'on' or 'off'")
         is_default = SchedulerType(self.lr_scheduler_type) == SchedulerType.COSINE_WITH_MIN_LR
         if is_default and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}

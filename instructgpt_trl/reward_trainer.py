@@ -23,6 +23,7 @@ from .models.loading import float32_adapters, is_adapter, keep_gradients, load_t
 from .models.reward_folder import forget_reward_config, read_reward_config
 from .models.reward_model import RewardModel
 from .models.reward_network import adapter_base, head_of, load_reward_network, pool_by_length, scalar_config
+from .models.sharing import attention_length, network_inputs
 from .reward_config import RewardConfig
 
 logger = logging.getLogger(__name__)
@@ -39,8 +40,12 @@ class RewardTrainer(trl.RewardTrainer):
     counts prompts. The scalar is read at the last real token by the attention mask. After training, a bias is set
     that makes demonstrations score 0 on average; [`RewardModel`] applies it, the training does not see it.
 
-    **Neutral setting**: with two completions a prompt, no ties and a model object (whose head is kept), parameters
-    equal TRL's after any number of steps, if `chosen` and `rejected` encode alike joined and apart.
+    The completions of a prompt stand behind one copy of it where the network can do that and it takes fewer operations
+    (`prefix_sharing`); scores and gradients are those of sequences of their own.
+
+    **Neutral setting**: with two completions a prompt, no ties, `prefix_sharing="off"` and a model object (whose head
+    is kept), parameters equal TRL's after any number of steps, if `chosen` and `rejected` encode alike joined and
+    apart.
 
     Overrides of TRL's `RewardTrainer`: `_prepare_dataset` (rankings), `_set_signature_columns_if_needed`,
     `compute_loss`, `training_step` (stops at NaN), `log` (metrics over all pairs since the last log, not means of
@@ -135,9 +140,11 @@ class RewardTrainer(trl.RewardTrainer):
                 "the reward head ('score') is frozen, so it would keep its random weights; put 'score' into the "
                 "adapter's modules_to_save, or pass the model without an adapter and a peft_config"
             )
-        if data_collator is None:
-            self.data_collator = DataCollatorForRanking(self.processing_class.pad_token_id, args.pad_to_multiple_of)
         self._reward_model = RewardModel(self.model, self.processing_class, bias, calibrated)
+        if data_collator is None:
+            self.data_collator = DataCollatorForRanking(
+                self.processing_class.pad_token_id, args.pad_to_multiple_of, self._attention_length()
+            )
         self._demonstrations = None
         if demonstration_dataset is not None:
             self._demonstrations = self._encode_demonstrations(demonstration_dataset)
@@ -164,6 +171,19 @@ class RewardTrainer(trl.RewardTrainer):
         return result
 
     # Data
+
+    def _attention_length(self) -> float | None:
+        """For the collator: none where prompts are not shared."""
+        prefix_sharing = getattr(self.args, "prefix_sharing", "off")  # TRL's config has no such field
+        if prefix_sharing == "off":
+            return None
+        reason = self._reward_model.why_not_shared()
+        if reason is None:
+            return attention_length(self.model)
+        if prefix_sharing == "on":
+            raise InputError(f"prefix_sharing='on' is not possible with this model, {reason}; use 'auto' or 'off'")
+        logger.warning(f"each completion is encoded behind a prompt of its own (prefix_sharing): {reason}")
+        return None
 
     def _prepare_dataset(
         self,
@@ -197,14 +217,15 @@ class RewardTrainer(trl.RewardTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Ranking loss of a batch of prompts: one forward for all completions, see [`ranking_loss`]."""
-        ranks, sizes, mask = inputs["ranks"], inputs["group_sizes"], inputs["attention_mask"]
+        ranks, sizes = inputs["ranks"], inputs["group_sizes"]
+        batch = network_inputs(self.accelerator.unwrap_model(model), inputs)
         # A cache is of no use here and not compatible with gradient checkpointing
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=mask, use_cache=False)
+        outputs = model(**batch, use_cache=False)
         scores = outputs.logits.squeeze(-1)
         loss = ranking_loss(scores, ranks, sizes)
         if self.args.center_rewards_coefficient is not None:
             loss = loss + self.args.center_rewards_coefficient * _centering(scores, ranks, sizes)
-        self._note(_prompt_stats(scores.detach(), ranks, sizes, mask, inputs.get("shortened")))
+        self._note(_prompt_stats(scores.detach(), ranks, sizes, inputs["tokens"], inputs["shortened"]))
         return (loss, outputs) if return_outputs else loss
 
     def _note(self, stats: Tensor) -> None:
@@ -321,9 +342,7 @@ def _centering(scores: Tensor, ranks: Tensor, group_sizes: list[int]) -> Tensor:
     return ((scores[better] + scores[worse]) ** 2 / pairs[group]).sum() / (pairs > 0).sum().clamp(min=1)
 
 
-def _prompt_stats(
-    scores: Tensor, ranks: Tensor, group_sizes: list[int], mask: Tensor, shortened: Tensor | None
-) -> Tensor:
+def _prompt_stats(scores: Tensor, ranks: Tensor, group_sizes: list[int], tokens: Tensor, shortened: Tensor) -> Tensor:
     """(B, len(STATS)): each prompt's part in the metrics, so that sums over prompts are sums over everything."""
     sizes = torch.tensor(group_sizes, device=scores.device)
     prompt = torch.arange(len(sizes), device=scores.device).repeat_interleave(sizes)
@@ -338,7 +357,7 @@ def _prompt_stats(
     pairs = torch.bincount(group, minlength=len(sizes))
     columns = {
         "completions": sizes,
-        "tokens": total(mask.sum(1)),
+        "tokens": tokens,
         "mean": mean,
         "squares": total((scores - mean[prompt]) ** 2),
         "lowest": zero.scatter_reduce(0, prompt, scores, "amin", include_self=False),
@@ -347,7 +366,7 @@ def _prompt_stats(
         "ordered": total((margin > 0).float() + 0.5 * (margin == 0), group),
         "margin": total(margin, group),
         "ties": sizes * (sizes - 1) // 2 - pairs,
-        "shortened": zero if shortened is None else shortened > 0,
+        "shortened": shortened > 0,
     }
     return torch.stack([columns[name].to(zero.dtype) for name in STATS], dim=1)
 

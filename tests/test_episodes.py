@@ -38,7 +38,7 @@ def test_pitfall_08_positions_come_from_lengths_not_from_the_pad_id():
     assert episodes["mask"].tolist() == [[True, True], [True, False]]
     assert attention_mask(episodes).tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert last_token(episodes).tolist() == [3, 1]
-    assert completion_labels(episodes).tolist() == [[-100, -100, 7, PAD], [-100, PAD, -100, -100]]
+    assert completion_labels(episodes).tolist() == [[7, PAD], [PAD, -100]]
 
 
 def test_before_tokens_by_hand():
@@ -81,7 +81,7 @@ def test_a_masked_row_keeps_its_attention():
 def test_blocks_as_episodes_predict_every_token_but_the_first():
     batch = as_episodes([[5, 6, 7], [8, 9]])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
-    assert completion_labels(batch).tolist() == [[-100, 6, 7], [-100, 9, -100]]
+    assert completion_labels(batch).tolist() == [[6, 7], [9, -100]]
     assert batch["mask"].tolist() == [[True, True], [True, False]]
 
 

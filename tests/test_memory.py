@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Qwen2Config
 
 from instructgpt_trl import PPOTrainer, memory
+from instructgpt_trl.data.sharing import share_prompts
 from instructgpt_trl.memory import PARTS, Load, largest, peak, predict, traced_peak
 from instructgpt_trl.models.roles import Role
 from instructgpt_trl.peak_memory import PeakMemory
@@ -72,6 +73,26 @@ def test_passes_without_data_take_what_real_ones_take(stage, adapters, checkpoin
     expected = max(real_training_peak(network, load, method) for method in methods)
     parts = predict(settings, load)
     assert parts["activations"] + parts["logits chunk"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_completions_that_share_a_prompt_take_what_real_ones_take():
+    """Two prompts of four completions: 2 x (20 + 4 * 30) tokens and not 8 * 50."""
+    shape = lora(target_modules="all-linear", task_type="CAUSAL_LM")
+    load = replace(LOAD, stage="reward", rows=8, shared=4, sampled=0, lora=shape)
+    model = make_llama(**SHAPE)
+    settings = copy.deepcopy(model.config)
+    network = get_peft_model(model, shape)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    network.enable_input_require_grads()
+    role = Role(network.train(), "default", nn.Linear(SHAPE["hidden"], 1))
+    batch, _ = share_prompts([[0] * 20] * 2, [[[0] * 30] * 4] * 2, 0)
+    for _ in range(2):
+        expected = memory._training_peak(role, lambda: memory._scores(role, batch))
+    assert predict(settings, load)["activations"] == pytest.approx(expected, rel=1e-3)
+    alone = predict(settings, replace(load, shared=1))
+    assert predict(settings, load)["activations"] < 0.85 * alone["activations"]
+    settings.sliding_window = 8
+    assert predict(settings, load) == alone
 
 
 @pytest.mark.parametrize("prompt, completion", [(20, 30), (60, 4)])

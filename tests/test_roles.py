@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import trl
 from conftest import make_llama
 from peft import IA3Config, PeftModel, get_peft_model
 from ppo_helpers import Folders, lora, plain_logprobs, plain_scalars, randomise, save_reward_model
@@ -12,7 +13,7 @@ from instructgpt_trl.data import InputError
 from instructgpt_trl.data.episodes import pad_episodes
 from instructgpt_trl.models.reward_model import RewardModel
 from instructgpt_trl.models.reward_parts import reward_parts
-from instructgpt_trl.models.roles import build_roles, load_parameters, save_parameters
+from instructgpt_trl.models.roles import Role, build_roles, load_parameters, save_parameters
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 COMPLETIONS = [[20, 21, 257], [256, 22], [23]]  # 256 is the pad id, and a token like any other
@@ -349,3 +350,23 @@ def test_a_base_that_was_trained_in_memory_is_not_the_reward_models_base(folders
     plain = folders.plain_reward("adapter")
     expected = [plain(*episode) for episode in zip(PROMPTS, COMPLETIONS, strict=True)]
     assert scores.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_the_lm_head_sees_only_what_predicts_a_completion(folders):
+    """Not the prompt, whose log-probs nobody reads: 3 and 1 tokens behind prompts of 20 and 9 are 2 x 3 positions."""
+    model = AutoModelForCausalLM.from_pretrained(folders.base)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    batch = pad_episodes([list(range(2, 22)), list(range(30, 39))], [[7, 8, 9], [11]], 0)
+    plain = [plain_logprobs(model, *episode) for episode in (([*range(2, 22)], [7, 8, 9]), ([*range(30, 39)], [11]))]
+    sizes = []
+    apply = trl.trainer.utils._ChunkedLogProbFunction.apply
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            trl.trainer.utils._ChunkedLogProbFunction,
+            "apply",
+            lambda x, *rest: sizes.append(len(x)) or apply(x, *rest),
+        )
+        logprobs, _ = Role(model).logprobs(batch)
+    assert sizes == [6]
+    torch.testing.assert_close(logprobs[0], plain[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logprobs[1, :1], plain[1], rtol=1e-5, atol=1e-6)

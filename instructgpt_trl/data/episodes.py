@@ -79,8 +79,8 @@ def last_token(episodes: Episodes) -> torch.Tensor:
 
 
 def completion_labels(episodes: Episodes) -> torch.Tensor:
-    """(B, L): the completion's tokens, and -100 on prompt and padding."""
-    positions = torch.arange(episodes["input_ids"].size(1), device=episodes["input_ids"].device)
-    ends = episodes["prompt_lengths"] + episodes["completion_lengths"]
-    counts = (positions >= episodes["prompt_lengths"][:, None]) & (positions < ends[:, None])
-    return episodes["input_ids"].masked_fill(~counts, -100)
+    """(B, T): the completion's tokens, and -100 on padding."""
+    steps = torch.arange(episodes["mask"].size(1), device=episodes["mask"].device)
+    positions = (episodes["prompt_lengths"][:, None] + steps).clamp(max=episodes["input_ids"].size(1) - 1)
+    counts = steps < episodes["completion_lengths"][:, None]
+    return episodes["input_ids"].gather(1, positions).masked_fill(~counts, -100)

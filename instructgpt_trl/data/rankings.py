@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .encoding import encode_completion, encode_prompt
 from .formats import InputError, by_prompt, check_rows, listed
+from .sharing import share_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +43,14 @@ class DataCollatorForRanking:
     Args:
         pad_token_id (`int`): what to pad with. The attention mask, not this id, says what counts.
         pad_to_multiple_of (`int`, *optional*): round L up to a multiple of this.
+        attention_length (`float`, *optional*): with it, completions stand behind one copy of their prompt, see
+            [`share_prompts`], in batches where that takes fewer operations. It is the length at which the attention of
+            a layer takes as many as its matrix products.
 
     Returns:
-        `dict` of `input_ids`, `attention_mask` (N, L); `ranks` (N,); `group_sizes`, a list of B ints, each prompt's K;
-        `shortened` (B,), completions taken out of each ranking.
+        `dict` of `input_ids`, `attention_mask` (N, L), or what [`share_prompts`] returns; `ranks` (N,); `group_sizes`,
+        a list of B ints, each prompt's K; `shortened`, `tokens` (B,), completions taken out of each ranking and tokens
+        of its texts. A batch that shares prompts may have them in another order than the rows.
 
     Example:
 
@@ -58,14 +63,41 @@ class DataCollatorForRanking:
                                [1, 1, 0]]),
      'ranks': tensor([1, 2]),
      'group_sizes': [2],
-     'shortened': tensor([0])}
+     'shortened': tensor([0]),
+     'tokens': tensor([5])}
     ```
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
+    attention_length: float | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self._separate(rows)
+        if self.attention_length is not None:
+            shared, order = share_prompts(
+                [row["prompt_ids"] for row in rows],
+                [row["completions_ids"] for row in rows],
+                self.pad_token_id,
+                self.pad_to_multiple_of,
+            )
+            if self._operations(shared["input_ids"]) < self._operations(batch["input_ids"]):
+                batch, rows = shared, [rows[index] for index in order]
+        return {
+            **batch,
+            "ranks": torch.tensor([rank for row in rows for rank in row["ranks"]]),
+            "group_sizes": [len(row["completions_ids"]) for row in rows],
+            "shortened": torch.tensor([row["shortened"] for row in rows]),
+            "tokens": torch.tensor(
+                [sum(len(row["prompt_ids"] + ids) for ids in row["completions_ids"]) for row in rows]
+            ),
+        }
+
+    def _operations(self, input_ids: torch.Tensor) -> float:
+        """Those of a layer, in units of what its matrix products take for a token."""
+        return input_ids.numel() * (1 + input_ids.shape[1] / self.attention_length)
+
+    def _separate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         texts = [[*row["prompt_ids"], *ids] for row in rows for ids in row["completions_ids"]]
         length = max(len(text) for text in texts)
         if self.pad_to_multiple_of:
@@ -73,9 +105,6 @@ class DataCollatorForRanking:
         return {
             "input_ids": torch.tensor([text + [self.pad_token_id] * (length - len(text)) for text in texts]),
             "attention_mask": torch.tensor([[1] * len(text) + [0] * (length - len(text)) for text in texts]),
-            "ranks": torch.tensor([rank for row in rows for rank in row["ranks"]]),
-            "group_sizes": [len(row["completions_ids"]) for row in rows],
-            "shortened": torch.tensor([row["shortened"] for row in rows]),
         }
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import InputError, check_output_dir, encode_completion, encode_prompt
 from ..data.formats import Text
+from ..data.rankings import DataCollatorForRanking
 from .loading import is_adapter, load_tokenizer
 from .reward_folder import (
     forget_reward_config,
@@ -27,6 +28,7 @@ from .reward_network import (
     pool_by_length,
     pooled_forward,
 )
+from .sharing import attention_length, network_inputs, why_not_shared
 
 
 class RewardModel:
@@ -55,6 +57,7 @@ class RewardModel:
         self.tokenizer = tokenizer
         self.bias = float(bias)
         self.calibrated = calibrated
+        self._shares: bool | None = None
 
     @classmethod
     def from_pretrained(cls, path: str, quantization_config: Any = None, **kwargs: Any) -> "RewardModel":
@@ -142,6 +145,11 @@ class RewardModel:
         self.bias, self.calibrated = -raw, True
         return old
 
+    def why_not_shared(self) -> str | None:
+        """Why the completions of a prompt cannot be scored behind one copy of it, `None` if they can."""
+        with _scoring(self.model):
+            return why_not_shared(self.model)
+
     def save_pretrained(self, path: str) -> None:
         """Write weights, tokenizer and `reward_model.json` into a folder. Raises [`InputError`] if it cannot."""
         check_output_dir(path)
@@ -166,29 +174,56 @@ class RewardModel:
     def _raw_scores(
         self, prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]], batch_size: int
     ) -> Tensor:
-        """(N,) float64 scores on the CPU without the bias. Batches are even: sorted by length, longest first."""
-        rows = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
-        if any(not row for row in rows):
+        """
+        (N,) float64 scores on the CPU without the bias. Batches are even: sorted by length, longest first. Completions
+        of one prompt stand behind one copy of it, where the network can do that.
+        """
+        if any(not [*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)):
             raise InputError("a prompt and its completion have no token at all; leave them out")
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)
-        scores = torch.zeros(len(rows), dtype=torch.float64)
+        scores = torch.zeros(len(prompt_ids), dtype=torch.float64)
+        collator = DataCollatorForRanking(self.tokenizer.pad_token_id or 0)
         with _scoring(self.model):
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
-                input_ids, mask = _pad([rows[index] for index in batch], self.tokenizer.pad_token_id or 0)
-                device = self.model.device
-                outputs = self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False)
-                scores[batch] = outputs.logits.squeeze(-1).cpu().double()  # MPS has no float64
+            for rows in _batches(prompt_ids, completion_ids, batch_size):
+                shared = any(len(row["ranks"]) > 1 for row in rows) and all(
+                    all(row["completions_ids"]) for row in rows
+                )
+                collator.attention_length = self._attention_length() if shared else None
+                batch = collator(rows)
+                index = batch["ranks"]
+                batch = {name: x.to(self.model.device) for name, x in batch.items() if isinstance(x, Tensor)}
+                scores[index] = (
+                    self.model(**network_inputs(self.model, batch), use_cache=False).logits[:, 0].cpu().double()
+                )
         return scores
 
+    def _attention_length(self) -> float | None:
+        """For a collator: `None` where prompts cannot be shared, which is found out once."""
+        if self._shares is None:
+            self._shares = why_not_shared(self.model) is None
+        return attention_length(self.model) if self._shares else None
 
-def _pad(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Right-padded ids and mask, (N, L) each."""
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-    input_ids = torch.full(mask.shape, pad_id)
-    input_ids[mask.bool()] = torch.tensor([token for row in rows for token in row])
-    return input_ids, mask
+
+def _batches(
+    prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]], batch_size: int
+) -> Iterator[list[dict[str, Any]]]:
+    """Rows of an encoded ranking with `batch_size` completions in all, whose ranks are the places of these."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for place, prompt in enumerate(prompt_ids):
+        places.setdefault(tuple(prompt), []).append(place)
+
+    def length(place: int) -> int:
+        return len(prompt_ids[place]) + len(completion_ids[place])
+
+    groups = [sorted(group, key=length, reverse=True) for group in places.values()]
+    order = [place for group in sorted(groups, key=lambda group: length(group[0]), reverse=True) for place in group]
+    for start in range(0, len(order), batch_size):
+        rows: dict[tuple[int, ...], dict[str, Any]] = {}
+        for place in order[start : start + batch_size]:
+            new = {"prompt_ids": prompt_ids[place], "completions_ids": [], "ranks": [], "shortened": 0}
+            row = rows.setdefault(tuple(prompt_ids[place]), new)
+            row["completions_ids"].append(completion_ids[place])
+            row["ranks"].append(place)
+        yield list(rows.values())
 
 
 @contextmanager

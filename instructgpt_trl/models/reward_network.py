@@ -60,7 +60,11 @@ def last_token_scores(hidden: Tensor, attention_mask: Tensor, head: nn.Module) -
     """
     positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     last = (positions * attention_mask.long()).amax(1).to(hidden.device)
-    pooled = hidden[torch.arange(len(last), device=hidden.device), last]
+    return _head_scores(hidden[torch.arange(len(last), device=hidden.device), last], head)
+
+
+def _head_scores(pooled: Tensor, head: nn.Module) -> Tensor:
+    """(N,) scores of (N, H) hidden states, outside autocast and in the head's own precision."""
     weight = head.weight
     with torch.autocast(weight.device.type, enabled=False):
         scores = head(pooled.to(weight.device, weight.dtype)).squeeze(-1)
@@ -101,9 +105,13 @@ def pooled_forward(
     inputs_embeds: Tensor | None = None,
     labels: None = None,
     return_dict: bool | None = None,
+    ends: Tensor | None = None,
     **kwargs: Any,
 ) -> SequenceClassifierOutputWithPast:
-    """The forward of a `*ForSequenceClassification` model with one label, see [`pool_by_length`]."""
+    """
+    The forward of a `*ForSequenceClassification` model with one label, see [`pool_by_length`]. For completions that
+    share rows, `ends` (N,) are indices into the flattened positions, and the scores are those there.
+    """
     if labels is not None:
         raise ValueError("a reward network has no labels; compute the loss from its logits")
     backbone = getattr(self, self.base_model_prefix)
@@ -117,7 +125,10 @@ def pooled_forward(
     outputs = backbone(
         input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, return_dict=True, **kwargs
     )
-    scores = last_token_scores(outputs.last_hidden_state, attention_mask, self.score)
+    if ends is None:
+        scores = last_token_scores(outputs.last_hidden_state, attention_mask, self.score)
+    else:
+        scores = _head_scores(outputs.last_hidden_state.flatten(0, 1)[ends], self.score)
     result = SequenceClassifierOutputWithPast(
         logits=scores[:, None],
         past_key_values=outputs.get("past_key_values"),

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
 from .._trl import add_fused_lm_head, disable_dropout_in_model, get_config_model_id, lm_head_tiles
 from ..data import InputError
@@ -97,18 +97,26 @@ class Role:
     def logprobs(self, batch: Episodes, model: PreTrainedModel | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """
         (b, t) log-probs of the completion's tokens, and (b, t) entropies of the distributions they come from, in nats.
-        They come from TRL's fused head, which holds one chunk of logits at a time.
+        They come from TRL's fused head, which holds one chunk of logits at a time and here sees the positions before
+        the completion's tokens only: without a GPU it would work on those of the prompt too.
         """
+        model = model or self.model
+        positions = before_tokens(batch)[:, :, None]
+
+        def read_by_head(backbone: nn.Module, args: tuple, out: ModelOutput) -> ModelOutput:
+            hidden = out.last_hidden_state
+            out.last_hidden_state = hidden.gather(1, positions.expand(-1, -1, hidden.size(-1)))
+            return out
+
         with self.autocast(), lm_head_tiles(batch["input_ids"].device):
-            out = (model or self.model)(
-                input_ids=batch["input_ids"],
-                attention_mask=attention_mask(batch),
-                labels=completion_labels(batch),
-                fused_lm_head=True,
-            )
-        index = before_tokens(batch).clamp(max=out.log_probs.size(1) - 1)
-        entropies = torch.zeros_like(out.log_probs) if out.entropy is None else out.entropy
-        return out.log_probs.gather(1, index), entropies.gather(1, index)
+            with model.base_model.register_forward_hook(read_by_head):
+                out = model(
+                    input_ids=batch["input_ids"],
+                    attention_mask=attention_mask(batch),
+                    shift_labels=completion_labels(batch),
+                    fused_lm_head=True,
+                )
+        return out.log_probs, torch.zeros_like(out.log_probs) if out.entropy is None else out.entropy
 
     def values(self, batch: Episodes) -> tuple[torch.Tensor]:
         """(b, t): the value before each completion token."""

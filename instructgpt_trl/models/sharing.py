@@ -1,0 +1,83 @@
+"""Whether a network can score the completions of a prompt behind one copy of it (`data/sharing.py`), and the call."""
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..data.sharing import share_prompts, shared_attention_mask
+
+ROUNDING = {torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of scores, by type of the weights; else 1e-4
+
+
+def network_inputs(model: PreTrainedModel | PeftModel, batch: dict[str, Any]) -> dict[str, Any]:
+    """What a network that pools by length takes of a batch of `DataCollatorForRanking`."""
+    if "segments" not in batch:
+        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+    mask = shared_attention_mask(batch["segments"], batch["prefixes"])
+    if _base(model).config.get_text_config()._attn_implementation == "eager":  # added to the scores there
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+    return {"attention_mask": mask, **{name: batch[name] for name in ("input_ids", "position_ids", "ends")}}
+
+
+def attention_length(model: PreTrainedModel | PeftModel) -> float:
+    """
+    The length of a sequence at which the attention of a layer, 4 * L * H operations a token, costs as much as its
+    matrix products, 2 * parameters.
+    """
+    config = _base(model).config.get_text_config()
+    embeddings = {id(parameter) for parameter in _base(model).get_input_embeddings().parameters()}
+    matrices = [p for p in _base(model).base_model.parameters() if p.dim() == 2 and id(p) not in embeddings]
+    packed = [getattr(p, "quant_state", None) for p in matrices]  # 4 bits: a column of bytes
+    size = sum(p.numel() if state is None else state.shape.numel() for p, state in zip(matrices, packed, strict=True))
+    return size / config.num_hidden_layers / (2 * config.hidden_size)
+
+
+@torch.no_grad()
+def why_not_shared(model: PreTrainedModel | PeftModel) -> str | None:
+    """
+    Why the completions of a prompt cannot share it in this network, or `None` if they can: by its config, and by the
+    scores of two made-up prompts in one row, which must be those of sequences of their own. Call it in eval mode.
+    """
+    config = _base(model).config.get_text_config()
+    if reason := why_not_by_config(config):
+        return reason
+    generator = torch.Generator().manual_seed(0)
+
+    def made_up(*lengths: int) -> list[list[int]]:
+        return [torch.randint(config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+    prompts, completions = made_up(7, 4), [made_up(3, 1, 5), made_up(2, 3)]
+    batch, order = share_prompts(prompts, completions, pad_token_id=0)
+    try:
+        inputs = network_inputs(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
+        shared = model(**inputs, use_cache=False).logits.flatten()
+        alone = [[*prompts[i], *ids] for i in order for ids in completions[i]]
+        separate = [model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits for ids in alone]
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:  # what a network says that cannot
+        return f"it refused: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    separate = torch.cat(separate).flatten()
+    difference = (shared - separate).abs().max().item() / max(separate.abs().max().item(), 1.0)
+    dtype = next(_base(model).parameters()).dtype
+    if not difference <= ROUNDING.get(dtype, 1e-4):
+        return f"scores come out otherwise, by {difference:.2g}"
+    return None
+
+
+def why_not_by_config(config: PreTrainedConfig) -> str | None:
+    """The part of [`why_not_shared`] that needs no weights."""
+    config = config.get_text_config()
+    attention = config._attn_implementation
+    if attention not in (None, "sdpa", "eager"):  # None: not loaded yet
+        return f"the attention '{attention}' takes no mask of this kind"
+    other = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+    if other:
+        return f"it has layers of {', '.join(other)}"
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return "its attention has a sliding window"
+    return None
+
+
+def _base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
