@@ -285,14 +285,14 @@ def fastest(work: Callable[..., None], *args: Any) -> float:
 
 def hours(args: Arguments, stage: str, training: float, decoding: float) -> float:
     """
-    A backward pass counts as two forward ones, of which gradient checkpointing adds one more. An episode of PPO takes
-    four forward passes, three training passes and its sampling.
+    A backward pass counts as two forward ones, and gradient checkpointing adds another. A reward model reads a prompt
+    once for its completions. An episode of PPO takes four forward passes, three training passes and sampling.
     """
     length = args.prompt + args.completion
     forward = training / (4 if args.gradient_checkpointing else 3)
     seconds = {
         "sft": 2 * args.demonstrations * length * training,
-        "reward": args.rankings * args.completions * length * training,
+        "reward": args.rankings * (args.prompt + args.completions * args.completion) * training,
         "ppo_ptx": args.episodes * (length * (3 * training + 4 * forward) + args.completion * decoding),
     }
     return seconds[stage] / 3600

@@ -1,13 +1,17 @@
 """recipes/plan.py: what it prints, and that the recipes take the files it writes."""
 
 import importlib
+from dataclasses import replace
+from pathlib import Path
 
 import common
 import pytest
 import yaml
 from conftest import make_llama
+from transformers import LlamaConfig, Qwen2Config
 
 from instructgpt_trl import PPOConfig, RewardConfig, SFTConfig
+from instructgpt_trl.memory import peak, predict
 
 PLAN = importlib.import_module("plan")
 RECIPES = {"sft": SFTConfig, "reward": RewardConfig, "ppo_ptx": PPOConfig}
@@ -78,3 +82,31 @@ def test_wrong_arguments_are_one_line(model, tmp_path, flags, message):
     with pytest.raises(common.InputError, match=message) as error:
         PLAN.main([*flags, "--output_dir", str(tmp_path)])
     assert "\n" not in str(error.value)
+
+
+CARDS = {  # hidden size, intermediate size, layers, heads, key-value heads, words, tied
+    "qwen2.5_0.5b_4gb": (896, 4864, 24, 14, 2, 151936, True),
+    "llama3.2_3b_8gb": (3072, 8192, 28, 24, 8, 128256, True),
+}
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_the_table_of_a_card_is_what_is_predicted_for_its_settings(card):
+    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size"
+    *sizes, tied = CARDS[card]
+    cls = Qwen2Config if "qwen" in card else LlamaConfig
+    config = cls(**dict(zip(names.split(), sizes, strict=True)), tie_word_embeddings=tied)
+    folder = Path(PLAN.__file__).parent / "configs" / card
+    table = folder.joinpath("README.md").read_text(encoding="utf-8").splitlines()
+    settings = yaml.safe_load((folder / "ppo_ptx.yaml").read_text(encoding="utf-8"))
+    args = PLAN.Arguments(model=card, gpu=1, load_in_4bit=settings["load_in_4bit"], dtype=settings["dtype"])
+    load = replace(
+        PLAN.load_of(args, "ppo_ptx"),
+        rows=settings["per_device_train_batch_size"],
+        sampled=settings["generation_micro_batch_size"],
+    )
+    parts = predict(config, load)
+    for part in PLAN.PARTS:
+        assert float(row(table, part)[2]) == pytest.approx(parts[part] / 1e9, abs=0.0051), part
+    assert float(row(table, "peak")[2]) == pytest.approx(peak(parts) / 1e9, abs=0.0051)
+    assert f"predicted peak {peak(parts) / 1e9:.2f} of" in (folder / "ppo_ptx.yaml").read_text(encoding="utf-8")

@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationMixin,
     TrainerCallback,
 )
 from transformers.utils import logging
@@ -144,11 +145,26 @@ def trl_ppo() -> Any:
     return importlib.import_module("trl.experimental.ppo")
 
 
+def count_generated() -> list[int]:
+    """A list that gets the number of tokens of each call of `generate`, whoever calls it."""
+    counts, generate = [], GenerationMixin.generate
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        out = generate(self, *args, **kwargs)
+        sequences = getattr(out, "sequences", out)
+        counts.append((sequences.shape[1] - given.shape[1]) * len(sequences))
+        return out
+
+    GenerationMixin.generate = counted
+    return counts
+
+
 def main(setting: dict[str, Any]) -> dict[str, Any]:
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
     torch.manual_seed(0)
-    clock = Clock()
+    clock, generated = Clock(), count_generated()
     if setting["side"] == "trl":  # imports are not what is measured
         trl_ppo()
     else:
@@ -158,7 +174,8 @@ def main(setting: dict[str, Any]) -> dict[str, Any]:
         built = memory.bytes
         trainer.train()
         steps = trainer.state.global_step
-    return {"bytes": memory.bytes, "built": built, "seconds": clock.seconds, "steps": steps}
+    found = {"bytes": memory.bytes, "built": built, "seconds": clock.seconds, "steps": steps}
+    return {**found, "generated": sum(generated)}
 
 
 if __name__ == "__main__":
