@@ -288,10 +288,21 @@ def _passes(network: nn.Module, model: PreTrainedModel, load: Load) -> dict[str,
             scored = _training_peak(role, partial(_scores, role, batch))
             return {"activations": scored, "whole": scored}
         backbone = _training_peak(role, lambda: role.values(batch)[0])
-        if load.ptx_length > load.prompt + load.completion:
-            batch = _episodes(load.rows, 1, load.ptx_length - 1)
-        whole = _training_peak(role, lambda: role.logprobs(batch)[0])
+        length = load.prompt + load.completion
+        if load.stage == "sft":  # the head may see prompts there too
+            batches = [_episodes(load.rows, 1, length - 1)]
+        elif load.ptx_length < length:
+            batches = [batch]
+        else:
+            batches = []
+        if load.ptx_length:
+            batches.append(_episodes(load.rows, 1, load.ptx_length - 1))
+        whole = max(_training_peak(role, partial(_logprobs, role, some)) for some in batches)
         return {"activations": backbone, "whole": whole}
+
+
+def _logprobs(role: Role, batch: Episodes) -> torch.Tensor:
+    return role.logprobs(batch)[0]
 
 
 def _role(network: nn.Module, model: PreTrainedModel, load: Load) -> Role:

@@ -27,7 +27,9 @@ def test_memory_of_our_side_alone(tmp_path):
 
 
 def test_planner_table(tmp_path):
-    rows, shown = run("planner.py", tmp_path / "out.json", "--quick", "--batch", "64")
+    rows, shown = run(
+        "planner.py", tmp_path / "out.json", "--quick", *"--batch 64 --prompt 64 --completion 64".split()
+    )
     assert [(row["model"], row["trained"], row["checkpointing"]) for row in rows] == [
         ("1M", "LoRA", True),
         ("1M", "LoRA", False),

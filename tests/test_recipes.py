@@ -439,7 +439,7 @@ def test_files_of_a_card_have_the_papers_batches_and_say_that_they_did_not_run(c
     assert "not run on such a card" in (folder / "README.md").read_text(encoding="utf-8").splitlines()[0]
     for name, batch in {"sft": 32, "reward": 64, "ppo_ptx": 64}.items():
         file = folder / f"{name}.yaml"
-        assert "Not run on such a card" in file.read_text(encoding="utf-8").splitlines()[0]
+        assert "Not run on such a machine" in file.read_text(encoding="utf-8").splitlines()[0]
         stage = parse(name, ["--config", str(file), *REQUIRED[name]])[1]
         assert stage.per_device_train_batch_size * stage.gradient_accumulation_steps == batch
     assert stage.per_device_train_batch_size * stage.steps_per_generation == 512
