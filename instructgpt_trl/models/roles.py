@@ -101,11 +101,12 @@ class Role:
         the completion's tokens only: without a GPU it would work on those of the prompt too.
         """
         model = model or self.model
-        positions = before_tokens(batch)[:, :, None]
+        before, length = before_tokens(batch), batch["input_ids"].size(1)
+        rows = length * torch.arange(len(before), device=before.device)[:, None]
 
         def read_by_head(backbone: nn.Module, args: tuple, out: ModelOutput) -> ModelOutput:
-            hidden = out.last_hidden_state
-            out.last_hidden_state = hidden.gather(1, positions.expand(-1, -1, hidden.size(-1)))
+            hidden = out.last_hidden_state.flatten(0, 1).index_select(0, (rows + before).flatten())
+            out.last_hidden_state = hidden.view(*before.shape, -1)  # a `gather` takes twice as long, both ways
             return out
 
         with self.autocast(), lm_head_tiles(batch["input_ids"].device):
