@@ -149,7 +149,7 @@ def test_the_head_gets_the_last_positions_as_one_matrix():
     assert names == [["bmm"], ["mm"], ["bmm"]]
 
 
-def test_the_policy_samples_so(folders, tmp_path, prompts, monkeypatch):
+def test_the_policy_samples_so(folders, tmp_path, prompts):
     trainer = PPOTrainer(folders.sft, reward_funcs=known([1.0] * 4), args=config(tmp_path), train_dataset=prompts)
     head, seen = trainer.roles.policy.model.get_output_embeddings(), []
     head.register_forward_hook(lambda module, args, out: seen.append(args[0].is_contiguous()))

@@ -3,7 +3,7 @@ The planner against measurement: peak memory of PPO-ptx updates, predicted witho
 
     python eval/bench/planner.py            # eighteen settings, half an hour on two cores
     python eval/bench/planner.py --quick    # two small ones
-    python eval/bench/planner.py --kinds LoRA --sizes 135M --dtype bfloat16 --rollout 128 --prompt 32 --completion 96
+    python eval/bench/planner.py --kinds LoRA --sizes 30M --dtype bfloat16 --rollout 128 --prompt 32 --completion 96
 
 Three model sizes; LoRA, all weights, LoRA on a 4-bit base; gradient checkpointing on and off. The last one is about
 sampling: 128 completions at a time, trained on in batches of 8. Measured is

@@ -73,7 +73,11 @@ class DataCollatorForRanking:
     attention_length: float | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self._separate(rows)
+        texts = [row["prompt_ids"] + ids for row in rows for ids in row["completions_ids"]]
+        length = max(map(len, texts))
+        if self.pad_to_multiple_of:
+            length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        batch = None
         if self.attention_length is not None:
             shared, order = share_prompts(
                 [row["prompt_ids"] for row in rows],
@@ -81,10 +85,10 @@ class DataCollatorForRanking:
                 self.pad_token_id,
                 self.pad_to_multiple_of,
             )
-            if self._operations(shared["input_ids"]) < self._operations(batch["input_ids"]):
+            if self._operations(*shared["input_ids"].shape) < self._operations(len(texts), length):
                 batch, rows = shared, [rows[index] for index in order]
         return {
-            **batch,
+            **(batch or self._separate(texts, length)),
             "ranks": torch.tensor([rank for row in rows for rank in row["ranks"]]),
             "group_sizes": [len(row["completions_ids"]) for row in rows],
             "shortened": torch.tensor([row["shortened"] for row in rows]),
@@ -93,15 +97,11 @@ class DataCollatorForRanking:
             ),
         }
 
-    def _operations(self, input_ids: torch.Tensor) -> float:
+    def _operations(self, rows: int, length: int) -> float:
         """Those of a layer, in units of what its matrix products take for a token."""
-        return input_ids.numel() * (1 + input_ids.shape[1] / self.attention_length)
+        return rows * length * (1 + length / self.attention_length)
 
-    def _separate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        texts = [[*row["prompt_ids"], *ids] for row in rows for ids in row["completions_ids"]]
-        length = max(len(text) for text in texts)
-        if self.pad_to_multiple_of:
-            length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+    def _separate(self, texts: list[list[int]], length: int) -> dict[str, torch.Tensor]:
         return {
             "input_ids": torch.tensor([text + [self.pad_token_id] * (length - len(text)) for text in texts]),
             "attention_mask": torch.tensor([[1] * len(text) + [0] * (length - len(text)) for text in texts]),
