@@ -257,6 +257,8 @@ def watched_memory(config: TrainingArguments, model: ModelConfig, **sizes: Any) 
         say(f"{predicted}, of it " + ", ".join(f"{part} {parts[part] / 1e9:.2f}" for part in most))
         if gpu:  # what torch counts there is without the context
             predicted = f"{(peak(parts) - parts['context']) / 1e9:.2f} GB predicted, CUDA's own not counted"
+        else:
+            predicted += "; a CPU's allocator keeps freed tensors too while there is memory to spare"
     except Exception as error:  # a prediction is a service, and architectures differ; the run goes on without
         predicted = "no prediction for this model"
         say(f"{predicted} ({type(error).__name__}: {' '.join(str(error).split())[:100]})")

@@ -101,10 +101,13 @@ def install_peer(folder: Path) -> Path:
     return folder
 
 
-def side(script: str, *words: Any, path: Path | None = None) -> dict[str, Any]:
-    """Run a script with these words in a process of its own, which writes a JSON file named last; what is in it."""
+def side(script: str, *words: Any, path: Path | None = None, **variables: str) -> dict[str, Any]:
+    """
+    Run a script with these words in a process of its own, which writes a JSON file named last; what is in it. `path`
+    is put before where Python looks for packages, `variables` are of its environment.
+    """
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **variables}
         if path is not None:
             environment["PYTHONPATH"] = os.pathsep.join([str(path), environment.get("PYTHONPATH", "")])
         run = subprocess.run(
