@@ -31,7 +31,7 @@ from ._trl import add_fused_lm_head, get_config_model_id, preserved_rng
 from .data import InputError, check_output_dir, check_rows, check_tokenizers, encode_prompt
 from .data.completions import CompletionsFile
 from .data.encoding import turn_end
-from .data.episodes import Episodes, pad_episodes, take_rows
+from .data.episodes import Episodes, by_length, pad_episodes, take_rows
 from .data.pretraining import PretrainingStream, as_episodes
 from .data.prompts import check_prompts, drop_long_prompts
 from .functional import gae, policy_loss, token_rewards, value_loss, whiten
@@ -329,11 +329,13 @@ class PPOTrainer(RLOOTrainer):
             the episodes (see `data/episodes.py`) with `logprobs`, `values`, `advantages`, `returns`, each (B, T).
         """
         episodes, rows = self._sample(inputs)
-        logprobs, entropies = self.run_role(self.roles.policy, "logprobs", episodes)
-        reference = self.roles.reference
-        ref_logprobs = self.run_role(reference, "logprobs", episodes)[0] if reference else logprobs
-        (values,) = self.run_role(self.roles.value, "values", episodes)
         scores, score_parts = self._scores(rows, episodes)
+        reference = self.roles.reference
+        ref_logprobs = self.run_role(reference, "logprobs", episodes)[0] if reference else None
+        (values,) = self.run_role(self.roles.value, "values", episodes)
+        # Last, since it leaves a graph: of one role at a time
+        logprobs, entropies = self.run_role(self.roles.policy, "logprobs", episodes, keep=True)
+        ref_logprobs = logprobs if ref_logprobs is None else ref_logprobs
         rewards = token_rewards(scores, logprobs, ref_logprobs, episodes["mask"], self.kl_coef)
         advantages, returns = gae(rewards, values, episodes["mask"], self.args.gamma, self.args.lam)
         kl = torch.where(episodes["mask"], logprobs - ref_logprobs, 0.0).sum(1)
@@ -344,9 +346,25 @@ class PPOTrainer(RLOOTrainer):
             advantages = whiten(advantages, episodes["mask"])
         return {**episodes, "logprobs": logprobs, "values": values, "advantages": advantages, "returns": returns}
 
-    def run_role(self, role: Role, method: str, episodes: Episodes) -> list[torch.Tensor]:
-        limit = self._limits["train" if self.model.training else "eval"]
-        return limit.run(lambda rows: role.evaluate(getattr(role, method), episodes, rows), len(episodes["mask"]))
+    def run_role(self, role: Role, method: str, episodes: Episodes, keep: bool = False) -> list[torch.Tensor]:
+        """
+        One of a role's methods on all episodes, in the micro-batches that they are trained in. While training, `keep`
+        keeps the graph of the first one, whose forward pass is not done a second time then.
+        """
+        training, count = self.model.training, len(episodes["mask"])
+        size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
+        batches = self._by_length(episodes, torch.arange(count)).split(size)
+
+        def evaluate(rows: int) -> list[torch.Tensor]:
+            passes = [some for batch in batches for some in batch.split(rows)]
+            return role.evaluate(getattr(role, method), episodes, passes, keep and training)
+
+        return self._limits["train" if training else "eval"].run(evaluate, count)
+
+    def _by_length(self, episodes: Episodes, rows: torch.Tensor) -> torch.Tensor:
+        """The same minibatches, inside of which the rows of a micro-batch are nearly of one length."""
+        size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return by_length(episodes, rows, size)
 
     def _sample(self, inputs: list[dict[str, Any]]) -> tuple[Episodes, list[dict[str, Any]]]:
         prompt_ids, completion_ids, completions = self._generate([row["prompt"] for row in inputs])
@@ -381,15 +399,16 @@ class PPOTrainer(RLOOTrainer):
     def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> Episodes:
         """
         The episodes to train on: a new rollout once the old one is used up, else the one in the buffer. The first
-        inner epoch takes the rows in the order of the rollout, each later one in a new random order.
+        inner epoch takes the minibatches in the order of the rollout, each later one in a new random order.
         """
         steps = self.args.steps_per_generation
         if self._episodes is None or self._step % (steps * self.num_iterations) == 0:
             self._episodes = self.rollout(generation_batch)
-            self._order = torch.arange(len(self._episodes["input_ids"]))
+            self._order = self._by_length(self._episodes, torch.arange(len(self._episodes["mask"])))
         elif self._step % steps == 0:
             generator = torch.Generator().manual_seed(self.args.seed + self._step)
-            self._order = torch.randperm(len(self._episodes["input_ids"]), generator=generator)
+            order = torch.randperm(len(self._episodes["mask"]), generator=generator)
+            self._order = self._by_length(self._episodes, order)
         return self._episodes
 
     def _rows_of(self, micro_batch: int, count: int) -> torch.Tensor:
@@ -456,7 +475,7 @@ class PPOTrainer(RLOOTrainer):
     def _policy_backward(self, batch: Episodes, share: torch.Tensor) -> torch.Tensor:
         old, mask, epsilon = batch["logprobs"], batch["mask"], self.args.epsilon
         with self.roles.policy.active():
-            logprobs, _ = self.roles.policy.logprobs(batch)
+            logprobs, _ = self.roles.policy.take_kept(batch) or self.roles.policy.logprobs(batch)
             loss = policy_loss(logprobs, old, batch["advantages"], mask, epsilon) * share
             self.accelerator.backward(loss)
         change = (logprobs.detach() - old)[mask]

@@ -70,6 +70,11 @@ def store_completions(monkeypatch, complete=stored_completion) -> list[list[tupl
     return batches
 
 
+def chunks(episodes, size: int) -> tuple[torch.Tensor, ...]:
+    """All rows in their order, so many at a time."""
+    return torch.arange(len(episodes["mask"])).split(size)
+
+
 def logged(trainer: PPOTrainer, name: str) -> list[float]:
     return [row[name] for row in trainer.state.log_history if name in row]
 

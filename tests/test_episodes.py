@@ -8,6 +8,7 @@ from datasets import Dataset
 from instructgpt_trl.data.episodes import (
     attention_mask,
     before_tokens,
+    by_length,
     completion_labels,
     last_token,
     pad_episodes,
@@ -69,6 +70,13 @@ def test_taking_rows_one_by_one_equals_padding_them_alone():
         alone = pad_episodes([prompts[row]], [completions[row]], PAD)
         taken = take_rows(episodes, torch.tensor([row]))
         assert all(torch.equal(taken[name], alone[name]) for name in alone)
+
+
+def test_by_length_sorts_inside_groups_and_leaves_equals_as_they_are():
+    episodes = pad_episodes([[1], [1, 2], [1], [1], [1, 2, 3]], [[1], [1], [1, 2], [1], [1]], PAD)
+    assert by_length(episodes, torch.tensor([0, 1, 2, 3, 4]), 3).tolist() == [1, 2, 0, 4, 3]
+    assert by_length(episodes, torch.tensor([3, 0, 4, 2, 1]), 2).tolist() == [3, 0, 4, 2, 1]
+    assert by_length(episodes, torch.tensor([3, 0, 4, 2, 1]), 5).tolist() == [4, 2, 1, 3, 0]
 
 
 def test_a_masked_row_keeps_its_attention():

@@ -13,6 +13,7 @@ from peft import PeftModel
 from ppo_helpers import (
     EOS,
     assert_equal,
+    chunks,
     config,
     logged,
     mean_id,
@@ -192,7 +193,7 @@ def test_pitfall_17_the_best_checkpoint_comes_back(folders, tmp_path, monkeypatc
     trainer = trainer_of(folders, policy, args, prompts, heldout, by_step({2: 1.0, 4: 5.0, 6: 2.0}))
     flags = [p.requires_grad for role in trainer.roles for p in role.network.parameters()]
     episodes = pad_episodes([[5, 6], [7]], [[8, 9, EOS], [10]], 256)
-    reference = trainer.roles.reference.evaluate(trainer.roles.reference.logprobs, episodes, 2)[0]
+    reference = trainer.roles.reference.evaluate(trainer.roles.reference.logprobs, episodes, chunks(episodes, 2))[0]
     noted = {}
 
     class Note(TrainerCallback):
@@ -205,7 +206,7 @@ def test_pitfall_17_the_best_checkpoint_comes_back(folders, tmp_path, monkeypatc
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4") and trainer.state.best_metric == 5.0
     assert_equal(weights(trainer), noted[4])
     assert any(not torch.equal(noted[6][name], noted[4][name]) for name in noted[4])
-    after = trainer.roles.reference.evaluate(trainer.roles.reference.logprobs, episodes, 2)[0]
+    after = trainer.roles.reference.evaluate(trainer.roles.reference.logprobs, episodes, chunks(episodes, 2))[0]
     assert torch.equal(after, reference)
     assert flags == [p.requires_grad for role in trainer.roles for p in role.network.parameters()]
     trainer.save_model(str(tmp_path / "best"))
@@ -380,7 +381,7 @@ def test_the_saved_policy_and_its_average_load_with_other_software(folders, tmp_
         return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders.base), str(folder))
 
     episodes = pad_episodes([[5, 6], [7]], [[8, 9, EOS], [10]], 256)
-    logprobs = trainer.roles.policy.evaluate(trainer.roles.policy.logprobs, episodes, 2)[0]
+    logprobs = trainer.roles.policy.evaluate(trainer.roles.policy.logprobs, episodes, chunks(episodes, 2))[0]
     with torch.no_grad():
         for row, (prompt, completion) in enumerate((([5, 6], [8, 9, EOS]), ([7], [10]))):
             expected = plain_logprobs(load(out), prompt, completion)
@@ -412,7 +413,9 @@ def test_the_policy_of_a_run_starts_another(folders, tmp_path, monkeypatch, prom
     second.train()
     assert logged(second, "objective/kl") == [0.0]
     episodes = pad_episodes([[5, 6]], [[8, 9, EOS]], 256)
-    scores = [t.roles.policy.evaluate(t.roles.policy.logprobs, episodes, 1)[0] for t in (trainer, second)]
+    scores = [
+        t.roles.policy.evaluate(t.roles.policy.logprobs, episodes, chunks(episodes, 1))[0] for t in (trainer, second)
+    ]
     assert not torch.equal(*scores)
 
 

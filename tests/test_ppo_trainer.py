@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 from ppo_helpers import (
     EOS,
     assert_equal,
+    chunks,
     config,
     logged,
     lora,
@@ -31,7 +32,7 @@ def outputs(trainer) -> dict[str, torch.Tensor]:
     episodes = pad_episodes([[5, 6], [7]], [[8, 9, EOS], [10]], 256)
     roles = {"ref": trainer.roles.reference} | {f"reward{i}": role for i, role in enumerate(trainer.roles.rewards)}
     methods = {name: role.logprobs if name == "ref" else role.scores for name, role in roles.items()}
-    return {name: role.evaluate(methods[name], episodes, 2)[0] for name, role in roles.items()}
+    return {name: role.evaluate(methods[name], episodes, chunks(episodes, 2))[0] for name, role in roles.items()}
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from instructgpt_trl import PPOTrainer
+from instructgpt_trl.data.episodes import by_length
+from instructgpt_trl.models.roles import Role
 
 SET_UPS = pytest.mark.parametrize("policy, reward", [("sft", "adapter"), ("fresh", "full"), ("full", "full")])
 
@@ -416,8 +418,8 @@ def test_the_length_of_blocks_is_that_of_an_episode_within_the_context(folders, 
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_pitfall_09_update_counts_are_exact(folders, tmp_path, monkeypatch, iterations):
     """
-    18 prompts, rollouts of 4 in minibatches of 2, 2 epochs: 4 whole rollouts an epoch, 2 prompts wait for the next
-    order; each rollout gives 2 steps an inner epoch, each episode counts once in each.
+    18 prompts, rollouts of 4 in minibatches of 2, longest first, 2 epochs: 4 whole rollouts an epoch, 2 prompts wait
+    for the next order; each rollout gives 2 steps an inner epoch, each episode counts once in each.
     """
     batches = store_completions(monkeypatch)
     rows = Dataset.from_list([{"prompt": f"prompt {i}{'.' * i}"} for i in range(18)])
@@ -442,7 +444,8 @@ def test_pitfall_09_update_counts_are_exact(folders, tmp_path, monkeypatch, iter
         stored = [[*prompt, *completion] for prompt, completion in batch]
         used = [ids for rollout, ids, _ in seen if rollout == number]
         epochs = [used[i : i + 4] for i in range(0, len(used), 4)]
-        assert len(epochs) == iterations and epochs[0] == stored  # the first in the order of the rollout
+        pairs = (sorted(stored[i : i + 2], key=len, reverse=True) for i in (0, 2))
+        assert len(epochs) == iterations and epochs[0] == sum(pairs, [])  # the first in the order of the rollout
         assert all(sorted(epoch) == sorted(stored) for epoch in epochs)
     orders = [[ids for rollout, ids, _ in seen if rollout == number] for number in range(8)]
     assert iterations == 1 or any(order[4:] != order[:4] for order in orders)  # later ones are reshuffled
@@ -532,3 +535,56 @@ def test_a_run_equals_a_loop_of_plain_torch(folders, tmp_path, monkeypatch, prom
     assert_close({k: p.detach() for k, p in trainer._policy_parameters.items()}, now["policy"], rtol=1e-3, atol=2e-5)
     assert_close({k: p.detach() for k, p in trainer._value_parameters.items()}, now["value"], rtol=1e-3, atol=2e-5)
     assert_close(trainer.ema.averages, average, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@SET_UPS
+def test_the_first_pass_of_a_rollout_is_trained_on(
+    folders, tmp_path, monkeypatch, prompts, policy, reward, checkpointing
+):
+    """4 micro-batches in 2 optimizer steps: 4 and 3 passes of the policy, and the gradients of 4 and 4 bit for bit."""
+    store_completions(monkeypatch)
+    logprobs, take_kept, runs = Role.logprobs, Role.take_kept, []
+    for keeps in (True, False):
+        passes = []
+        monkeypatch.setattr(
+            Role, "logprobs", lambda role, *rest, to=passes: (to.append(role), logprobs(role, *rest))[1]
+        )
+        if not keeps:
+            monkeypatch.setattr(Role, "take_kept", lambda role, batch: take_kept(role, batch) and None)
+        args = config(tmp_path, gradient_checkpointing=checkpointing, learning_rate=0.01, max_steps=2)
+        trainer = trainer_of(folders, policy, reward, args, prompts)
+        recorder = record(trainer)
+        trainer.train()
+        runs.append(recorder.steps)
+        assert passes.count(trainer.roles.policy) == (7 if keeps else 8)
+    for kept, again in zip(*runs, strict=True):
+        for name in ("policy_grad", "value_grad"):
+            assert_equal(kept[name], again[name])
+
+
+def test_micro_batches_of_one_length_change_no_update(folders, tmp_path, monkeypatch, prompts):
+    """Longest first inside a minibatch of four takes fewer positions than the order of the prompts."""
+    store_completions(monkeypatch)
+    settings = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, num_iterations=2, max_steps=4)
+    backward, runs = PPOTrainer._policy_backward, []
+    for order in (by_length, lambda episodes, rows, group: rows):
+        positions = []
+        monkeypatch.setattr("instructgpt_trl.ppo_trainer.by_length", order)
+        monkeypatch.setattr(
+            PPOTrainer,
+            "_policy_backward",
+            lambda trainer, batch, share, to=positions: (
+                to.append(batch["input_ids"].numel()),
+                backward(trainer, batch, share),
+            )[1],
+        )
+        trainer = trainer_of(folders, "sft", "adapter", config(tmp_path, **settings), prompts)
+        recorder = record(trainer)
+        trainer.train()
+        runs.append((recorder.steps, positions))
+    (steps, positions), (others, more) = runs
+    assert len(positions) == len(more) == 8 and sum(positions) < sum(more)
+    for step, other in zip(steps, others, strict=True):
+        for name in ("policy_grad", "value_grad"):
+            assert_close(step[name], other[name], rtol=1e-4, atol=1e-6)

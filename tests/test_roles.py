@@ -5,12 +5,12 @@ import torch
 import trl
 from conftest import make_llama
 from peft import IA3Config, PeftModel, get_peft_model
-from ppo_helpers import Folders, lora, plain_logprobs, plain_scalars, randomise, save_reward_model
+from ppo_helpers import Folders, chunks, lora, plain_logprobs, plain_scalars, randomise, save_reward_model
 from transformers import AutoModelForCausalLM
 
 from instructgpt_trl._trl import add_fused_lm_head
 from instructgpt_trl.data import InputError
-from instructgpt_trl.data.episodes import pad_episodes
+from instructgpt_trl.data.episodes import pad_episodes, take_rows
 from instructgpt_trl.models.reward_model import RewardModel
 from instructgpt_trl.models.reward_parts import reward_parts
 from instructgpt_trl.models.roles import Role, build_roles, load_parameters, save_parameters
@@ -119,11 +119,11 @@ def test_logprobs_and_entropies_equal_plain_passes(folders, policy, reward, temp
     if policy == "sft":
         plain = PeftModel.from_pretrained(plain, folders.sft)
     for role in (roles.policy, roles.reference):
-        logprobs = role.evaluate(role.logprobs, episodes(), 2)[0]
+        logprobs = role.evaluate(role.logprobs, episodes(), chunks(episodes(), 2))[0]
         for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
             expected = plain_logprobs(plain, prompt, completion, temperature)
             torch.testing.assert_close(logprobs[row, : len(completion)], expected, rtol=1e-5, atol=1e-6)
-    entropies = roles.policy.evaluate(roles.policy.logprobs, episodes(), 2)[1]
+    entropies = roles.policy.evaluate(roles.policy.logprobs, episodes(), chunks(episodes(), 2))[1]
     for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
         logits = plain(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1] / temperature
         expected = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
@@ -139,8 +139,8 @@ def test_learned_positions_do_not_mind_the_padding(gpt2_dir, peft):
     roles = build_roles(policy, [])
     with torch.no_grad():
         roles.value.head.weight.fill_(1.0)
-    logprobs = roles.policy.evaluate(roles.policy.logprobs, episodes(), 3)[0]
-    values = roles.value.evaluate(roles.value.values, episodes(), 3)[0]
+    logprobs = roles.policy.evaluate(roles.policy.logprobs, episodes(), chunks(episodes(), 3))[0]
+    values = roles.value.evaluate(roles.value.values, episodes(), chunks(episodes(), 3))[0]
     for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
         with torch.no_grad():
             expected = plain_logprobs(plain.eval(), prompt, completion)
@@ -158,8 +158,8 @@ def test_pitfall_14_the_value_model_is_the_reward_model(folders, policy, reward)
     roles = roles_of(folders, policy, reward)
     plain = folders.plain_reward(reward)
     longer = pad_episodes(PROMPTS, [[*ids, 3] for ids in COMPLETIONS], 256)
-    scores = roles.rewards[0].evaluate(roles.rewards[0].scores, episodes(), 2)[0]
-    values = roles.value.evaluate(roles.value.values, longer, 2)[0]
+    scores = roles.rewards[0].evaluate(roles.rewards[0].scores, episodes(), chunks(episodes(), 2))[0]
+    values = roles.value.evaluate(roles.value.values, longer, chunks(longer, 2))[0]
     assert scores.shape == (3, 1)
     for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
         with torch.no_grad():
@@ -174,7 +174,7 @@ def test_pitfall_06_scores_equal_the_reward_model_class(folders):
     roles = roles_of(folders, "sft", "adapter", "full")
     for role, path in zip(roles.rewards, (folders.reward_adapter, folders.reward_full), strict=True):
         expected = RewardModel.from_pretrained(path).score_ids(PROMPTS, COMPLETIONS)
-        scores = role.evaluate(role.scores, episodes(), 3)[0][:, 0]
+        scores = role.evaluate(role.scores, episodes(), chunks(episodes(), 3))[0][:, 0]
         torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -186,17 +186,22 @@ def test_two_reward_adapters_on_one_base(folders, tmp_path):
     assert not roles.rewards[0].parameters().keys() & {k for k in roles.rewards[1].parameters() if "head" not in k}
     for role, path in zip(roles.rewards, (folders.reward_adapter, other), strict=True):
         expected = RewardModel.from_pretrained(path).score_ids(PROMPTS, COMPLETIONS)
-        torch.testing.assert_close(role.evaluate(role.scores, episodes(), 3)[0][:, 0], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            role.evaluate(role.scores, episodes(), chunks(episodes(), 3))[0][:, 0],
+            expected,
+            rtol=1e-5,
+            atol=1e-6,
+        )
 
 
 @pytest.mark.parametrize("policy", ["sft", "fresh", "full"])
 def test_without_a_reward_model_the_value_model_is_the_policy_with_a_head_of_zeros(folders, policy):
     roles = build_roles(policy_of(folders, policy), [])
     assert roles.rewards == []
-    assert (roles.value.evaluate(roles.value.values, episodes(), 2)[0] == 0).all()
+    assert (roles.value.evaluate(roles.value.values, episodes(), chunks(episodes(), 2))[0] == 0).all()
     with torch.no_grad():
         roles.value.head.weight.fill_(1.0)
-    values = roles.value.evaluate(roles.value.values, episodes(), 2)[0]
+    values = roles.value.evaluate(roles.value.values, episodes(), chunks(episodes(), 2))[0]
     plain = load(folders.base)
     plain = PeftModel.from_pretrained(plain, folders.sft) if policy == "sft" else plain
     for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
@@ -268,7 +273,9 @@ def test_the_reference_is_the_policy_as_it_is_now_embeddings_included(folders):
     policy.add_adapter("ref", policy.peft_config["default"])
     add_fused_lm_head(policy.get_base_model())
     roles = build_roles(policy, [])
-    logprobs = [role.evaluate(role.logprobs, episodes(), 3)[0] for role in (roles.policy, roles.reference)]
+    logprobs = [
+        role.evaluate(role.logprobs, episodes(), chunks(episodes(), 3))[0] for role in (roles.policy, roles.reference)
+    ]
     assert torch.equal(*logprobs)
 
 
@@ -294,9 +301,9 @@ def test_a_base_with_modules_named_like_a_role(folders):
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_pitfall_08_the_size_of_a_pass_does_not_matter(folders, size):
     roles = roles_of(folders, "sft", "adapter")
-    whole = roles.policy.evaluate(roles.policy.logprobs, episodes(), 3)[0]
+    whole = roles.policy.evaluate(roles.policy.logprobs, episodes(), chunks(episodes(), 3))[0]
     mask = episodes()["mask"]
-    part = roles.policy.evaluate(roles.policy.logprobs, episodes(), size)[0]
+    part = roles.policy.evaluate(roles.policy.logprobs, episodes(), chunks(episodes(), size))[0]
     assert part.shape == whole.shape
     torch.testing.assert_close(part[mask], whole[mask], rtol=1e-5, atol=1e-6)
 
@@ -370,3 +377,33 @@ def test_the_lm_head_sees_only_what_predicts_a_completion(folders):
     assert sizes == [6]
     torch.testing.assert_close(logprobs[0], plain[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(logprobs[1, :1], plain[1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_pass_may_be_kept_to_be_trained_on(folders):
+    roles = roles_of(folders, "sft", "adapter")
+    policy, (first, second) = roles.policy, chunks(episodes(), 2)
+    plain = policy.evaluate(policy.logprobs, episodes(), (first, second))
+    kept = policy.evaluate(policy.logprobs, episodes(), (first, second), keep=True)
+    assert all(torch.equal(a, b) and not b.requires_grad for a, b in zip(plain, kept, strict=True))
+    batch = take_rows(episodes(), first)
+    logprobs, _ = policy.take_kept(batch)
+    with policy.active():
+        again, _ = policy.logprobs(batch)
+        grads = [torch.autograd.grad(x.sum(), list(policy.parameters().values())) for x in (logprobs, again)]
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(*grads, strict=True))
+    assert policy.take_kept(batch) is None  # once
+    policy.evaluate(policy.logprobs, episodes(), (first, second), keep=True)
+    assert policy.take_kept(take_rows(episodes(), second)) is None and policy.kept is None  # of these rows only
+    policy.evaluate(policy.logprobs, episodes(), (first, second), keep=True)
+    policy.evaluate(policy.logprobs, episodes(), (first, second))
+    assert policy.kept is None
+    reference = roles.reference
+    reference.evaluate(reference.logprobs, episodes(), (first, second), keep=True)
+    assert reference.kept is None  # frozen
+
+
+def test_passes_give_the_order_of_the_episodes_whatever_theirs_is(folders):
+    policy = roles_of(folders, "sft", "adapter").policy
+    plain = policy.evaluate(policy.logprobs, episodes(), chunks(episodes(), 1))
+    other = policy.evaluate(policy.logprobs, episodes(), [torch.tensor([i]) for i in (2, 0, 1)])
+    assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))

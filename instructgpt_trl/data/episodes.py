@@ -57,6 +57,12 @@ def take_rows(episodes: Episodes, rows: torch.Tensor) -> Episodes:
     return taken
 
 
+def by_length(episodes: Episodes, rows: torch.Tensor, group: int) -> torch.Tensor:
+    """`rows` in groups of `group` as they come, longest first inside each: micro-batches have little padding then."""
+    lengths = episodes["prompt_lengths"] + episodes["completion_lengths"]
+    return torch.cat([some[lengths[some].argsort(descending=True, stable=True)] for some in rows.split(group)])
+
+
 def attention_mask(episodes: Episodes) -> torch.Tensor:
     """(B, L), 1 on the tokens of prompt and completion."""
     lengths = episodes["prompt_lengths"] + episodes["completion_lengths"]

@@ -8,7 +8,7 @@ and gradient checkpointing recomputes under whichever adapter is active then.
 """
 
 import copy
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -39,6 +39,7 @@ class Role:
         adapter (`str`, *optional*): the adapter that is on; `None` on a `PeftModel` means all adapters off.
         head (`nn.Linear`, *optional*): float32, H to 1, of a scalar role. A reward model's bias is the head's bias.
         autocast: what mixed precision runs in, `Accelerator.autocast`.
+        kept (*optional*): the episodes of a pass and what it gave, with its graph, for [`take_kept`].
 
     Methods take episodes (see `data/episodes.py`) and are called inside `active()`. Shapes: b episodes of a
     micro-batch, t completion tokens, L prompt and completion tokens.
@@ -48,6 +49,7 @@ class Role:
     adapter: str | None = None
     head: nn.Linear | None = None
     autocast: Callable[[], AbstractContextManager] = nullcontext
+    kept: tuple[Episodes, tuple[torch.Tensor, ...]] | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -135,16 +137,33 @@ class Role:
             ).last_hidden_state
         return F.linear(hidden.float(), self.head.weight, self.head.bias).squeeze(-1)
 
-    def evaluate(self, method: Callable, episodes: Episodes, size: int) -> list[torch.Tensor]:
-        """Apply one of the methods above to all episodes, `size` rows at a time, without gradients: (B, t) each."""
-        with self.active(), torch.no_grad():
-            rows = torch.arange(len(episodes["input_ids"])).split(size)
-            outputs = [method(take_rows(episodes, chunk)) for chunk in rows]
+    def evaluate(
+        self, method: Callable, episodes: Episodes, chunks: Sequence[torch.Tensor], keep: bool = False
+    ) -> list[torch.Tensor]:
+        """
+        Apply one of the methods above to all episodes without gradients, the rows of a chunk at a time: (B, t) each,
+        in the order of the episodes. `keep` keeps the graph of the first chunk, which is to be trained on next.
+        """
+        self.kept, outputs = None, []
+        with self.active():
+            for chunk in chunks:
+                batch = take_rows(episodes, chunk)
+                with torch.set_grad_enabled(keep and not outputs):
+                    output = method(batch)
+                if output[0].requires_grad:
+                    self.kept = batch, output
+                outputs.append([tensor.detach() for tensor in output])
+        back = torch.cat(list(chunks)).argsort()
         # Micro-batches are padded only as far as they need
         return [
-            torch.cat([F.pad(tensor, (0, max(t.size(1) for t in column) - tensor.size(1))) for tensor in column])
+            torch.cat([F.pad(tensor, (0, max(t.size(1) for t in column) - tensor.size(1))) for tensor in column])[back]
             for column in zip(*outputs, strict=True)
         ]
+
+    def take_kept(self, batch: Episodes) -> tuple[torch.Tensor, ...] | None:
+        """What a pass over these episodes gave, if [`evaluate`] kept it; from here on nothing is kept."""
+        (episodes, outputs), self.kept = self.kept or ({}, None), None
+        return outputs if all(torch.equal(tensor, batch[name]) for name, tensor in episodes.items()) else None
 
 
 @dataclass
