@@ -1,6 +1,7 @@
 """eval/bench: what the scripts write, on models of seconds."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -46,3 +47,34 @@ def test_four_roles_are_stored_once(tmp_path):
     assert figures["ratio"] == pytest.approx(1, abs=1e-6)
     # Adam: two numbers for each weight of policy and value model, which are two of the four adapters
     assert figures["optimizer_mb"] == pytest.approx(figures["adapters_and_heads_mb"], rel=1e-2)
+
+
+def test_a_reward_step_three_ways(tmp_path):
+    figures, shown = run("reward_step.py", tmp_path / "out.json", "--quick")
+    assert figures.keys() == {"ratio_vs_pairs", "ratio_vs_separate", "token_ratio", "seconds"}
+    assert figures["token_ratio"] == 5 * 80 / (64 + 5 * 16)  # --quick sets K = 5, prompt 64 and completions 16
+    assert {name: len(seconds) for name, seconds in figures["seconds"].items()} == dict(ours=3, separate=3, pairs=3)
+    for name, tokens in (("ours", 144), ("separate", 400), ("pairs", 5 * 4 * 80)):
+        assert f"{name:>8}  {tokens:6}  " in shown
+
+
+def test_ppo_updates_with_and_without_pretraining_gradients(tmp_path):
+    figures, shown = run("ppo_update.py", tmp_path / "out.json", "--quick", "--ours_only", "--updates", "2")
+    assert figures.keys() == {"ours_episodes_per_s", "ours_ptx_episodes_per_s", "seconds"}
+    for name in ("ours", "ours_ptx"):
+        (seconds,) = figures["seconds"][name]  # the first of two is left out
+        assert figures[f"{name}_episodes_per_s"] == pytest.approx(4 / seconds)
+        assert f"{name:>8}  {seconds:8.2f}" in shown
+
+
+def test_growth_is_measured_and_drawn(tmp_path):
+    rows, shown = run("scaling.py", tmp_path / "out.json", "--quick", "--png", str(tmp_path / "out.png"))
+    assert [(row["step"], row["axis"], row["sizes"]) for row in rows] == [
+        ("reward step", "k", [2, 4]),
+        ("PPO update", "batch", [2, 4]),
+    ]
+    for row in rows:
+        slopes = [math.log(row[name][1] / row[name][0]) / math.log(2) for name in ("seconds", "bytes")]
+        assert [row["of_time"], row["of_memory"]] == pytest.approx(slopes)
+        assert f"{slopes[0]:.2f} {slopes[1]:.2f}" in shown
+    assert (tmp_path / "out.png").stat().st_size > 10_000

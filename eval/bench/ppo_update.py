@@ -33,6 +33,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--completion", type=int, default=64, help="tokens")
     parser.add_argument("--updates", type=int, default=3, help="in a process")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
+    parser.add_argument("--ours_only", action="store_true", help="leave TRL out")
     parser.add_argument("--quick", action="store_true", help="a small model and short texts")
     parser.add_argument("--peer_dir", default="runs/bench/trl-1.12.0", help="where TRL 1.12 is or will be installed")
     parser.add_argument("--json", help="file for the figures")
@@ -44,8 +45,10 @@ def main() -> None:
     if args.quick:
         args.batch, args.prompt, args.completion, args.rounds = 4, 16, 8, 1
     sides = {"ours": False, "ours_ptx": True, "trl": False}
+    if args.ours_only:
+        del sides["trl"]
     found: dict[str, list[dict]] = {name: [] for name in sides}
-    peer = install_peer(Path(args.peer_dir))
+    peer = None if args.ours_only else install_peer(Path(args.peer_dir))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base = Path(args.model) if args.model else make_model(folder / "base", SHAPES["1M"] if args.quick else SMOLLM2)
@@ -67,12 +70,10 @@ def main() -> None:
     for name, s in seconds.items():
         shown = f"{statistics.median(s):8.2f}  {min(s):7.2f} {max(s):7.2f}  {rate[name]:10.2f}"
         print(f"{name:>8}  {shown}  {rate[name] * tokens / args.batch:11.0f}")
-    figures = {
-        "ratio_vs_trl": rate["ours"] / rate["trl"],
-        "ratio_ptx_vs_trl": rate["ours_ptx"] / rate["trl"],
-        "ours_episodes_per_s": rate["ours"],
-        "trl_episodes_per_s": rate["trl"],
-    }
+    figures = {f"{name}_episodes_per_s": of for name, of in rate.items()}
+    if not args.ours_only:
+        figures["ratio_vs_trl"] = rate["ours"] / rate["trl"]
+        figures["ratio_ptx_vs_trl"] = rate["ours_ptx"] / rate["trl"]
     print("  ".join(f"{name}: {figure:.2f}" for name, figure in figures.items()))
     if args.json:
         Path(args.json).write_text(json.dumps({**figures, "seconds": seconds}) + "\n", encoding="utf-8")
