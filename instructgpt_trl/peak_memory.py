@@ -1,12 +1,13 @@
-"""How much memory a process takes, measured while it runs."""
+"""How much memory a process takes, measured while it runs, and how much there is."""
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-__all__ = ["PeakMemory"]
+__all__ = ["PeakMemory", "system_memory"]
 
 
 class PeakMemory:
@@ -52,3 +53,18 @@ class PeakMemory:
             return torch.cuda.max_memory_reserved()
         memory = self._process.memory_info()
         return memory.rss - (getattr(memory, "shared", 0) if self._anonymous else 0)
+
+
+def system_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
+    """
+    Bytes available and in all: the system's, or a container's limit (cgroup v2) where that leaves less. What a
+    container has read from files is available, as with `psutil.virtual_memory`.
+    """
+    memory = psutil.virtual_memory()
+    try:
+        limit, used = (int((cgroup / f"memory.{name}").read_text()) for name in ("max", "current"))
+        files = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # none, or "max"
+        return memory.available, memory.total
+    available = limit - used + int(files["inactive_file"])
+    return min((memory.available, memory.total), (available, limit))

@@ -333,8 +333,9 @@ class PPOTrainer(RLOOTrainer):
         reference = self.roles.reference
         ref_logprobs = self.run_role(reference, "logprobs", episodes)[0] if reference else None
         (values,) = self.run_role(self.roles.value, "values", episodes)
-        # Last, since it leaves a graph: of one role at a time
-        logprobs, entropies = self.run_role(self.roles.policy, "logprobs", episodes, keep=True)
+        # Last, since it leaves a graph: of one role at a time. With dropout on, a second pass is another one
+        keep = self.args.disable_dropout
+        logprobs, entropies = self.run_role(self.roles.policy, "logprobs", episodes, keep)
         ref_logprobs = logprobs if ref_logprobs is None else ref_logprobs
         rewards = token_rewards(scores, logprobs, ref_logprobs, episodes["mask"], self.kl_coef)
         advantages, returns = gae(rewards, values, episodes["mask"], self.args.gamma, self.args.lam)

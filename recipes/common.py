@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +275,7 @@ def _load_of(config: TrainingArguments, model: ModelConfig, sizes: dict[str, Any
     folder = Path(model.model_name_or_path)
     adapter = PeftConfig.from_pretrained(folder) if (folder / "adapter_config.json").is_file() else None
     return Load(
-        lora=get_peft_config(model) or adapter,
+        lora=get_peft_config(model) or (adapter and replace(adapter, inference_mode=False)),  # it is trained on
         dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32,
         bits=4 if model.load_in_4bit else 8 if model.load_in_8bit else None,
         compute=_compute_type(config),
@@ -295,6 +295,14 @@ def base_of(name: str) -> str:
     if (Path(name) / "adapter_config.json").is_file():
         name = PeftConfig.from_pretrained(name).base_model_name_or_path
     return os.path.realpath(name) if Path(name).is_dir() else name
+
+
+def tokenizer_of(config: TrainingArguments, model: ModelConfig) -> PreTrainedTokenizerBase:
+    """That of a model's or an adapter's folder, else that of the adapter's base."""
+    name = model.model_name_or_path
+    own = not Path(name).is_dir() or any(Path(name).glob("*token*"))
+    options = {"revision": model.model_revision, "trust_remote_code": config.trust_remote_code}
+    return AutoTokenizer.from_pretrained(name if own else base_of(name), **options)
 
 
 def _base_config(config: TrainingArguments, model: ModelConfig) -> PreTrainedConfig:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import yaml
 from common import ModelArguments, parse_arguments, run
@@ -28,6 +27,7 @@ from trl import ModelConfig, get_quantization_config
 
 from instructgpt_trl.data import InputError, check_output_dir
 from instructgpt_trl.memory import PARTS, STAGES, Load, largest, peak, predict, predict_sampling, shortened
+from instructgpt_trl.peak_memory import system_memory
 
 GB = 1e9
 USABLE = 0.9  # of a card's memory; the rest is for what its allocator rounds up and scatters, and for the display
@@ -307,7 +307,7 @@ def device_here(planned_for_gpu: bool) -> str:
 def memory_here() -> float:
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory
-    return psutil.virtual_memory().total
+    return system_memory()[1]
 
 
 def main(argv: list[str]) -> None:

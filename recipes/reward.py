@@ -21,12 +21,14 @@ from common import (
     read,
     read_and_split,
     run,
+    tokenizer_of,
     watched_memory,
 )
 from datasets import Dataset
-from trl import get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from instructgpt_trl import RewardConfig, RewardTrainer
+from instructgpt_trl.data import encode_completion, encode_prompt
 from instructgpt_trl.functional import ranking_accuracy
 
 
@@ -39,11 +41,29 @@ class Arguments(DataArguments):
     )
 
 
+def sizes(config: RewardConfig, model: ModelConfig, rankings: Dataset) -> dict[str, int]:
+    """The largest step that rankings can make, for the prediction of memory."""
+    tokenizer = tokenizer_of(config, model)
+
+    def lengths(row: dict) -> dict[str, int]:
+        prompt = len(encode_prompt(tokenizer, row["prompt"]))
+        completions = [len(encode_completion(tokenizer, row["prompt"], text)) for text in row["completions"]]
+        fit = [length for length in completions if prompt + length <= (config.max_length or float("inf"))]
+        return {"prompt": prompt if fit else 0, "completion": max(fit, default=0)}
+
+    found = rankings.map(lengths, remove_columns=rankings.column_names, desc="Measuring rankings")
+    most = max(map(len, rankings["ranks"]))
+    return {
+        "rows": config.per_device_train_batch_size * most,
+        "shared": 1 if config.prefix_sharing == "off" else most,
+        **{name: max(found[name]) for name in ("prompt", "completion")},
+    }
+
+
 def main(argv: list[str]) -> None:
     args, config, model = parse(argv, Arguments, RewardConfig, output_dir="runs/reward")
     rankings, held_out = read_and_split(args, config, "ranking")
-    rows = config.per_device_train_batch_size * max(len(ranks) for ranks in rankings["ranks"])
-    with watched_memory(config, model, stage="reward", rows=rows):
+    with watched_memory(config, model, stage="reward", **sizes(config, model, rankings)):
         trainer = RewardTrainer(
             model=model.model_name_or_path,
             args=config,

@@ -16,6 +16,7 @@ from trl import RLOOTrainer
 from instructgpt_trl import SFTConfig, SFTTrainer
 from instructgpt_trl.models.limits import RowLimit
 from instructgpt_trl.models.roles import Role
+from instructgpt_trl.peak_memory import system_memory
 
 
 def out_of_memory() -> torch.OutOfMemoryError:
@@ -184,11 +185,11 @@ def test_freed_memory_goes_back_to_the_system_once_memory_is_short(available, ke
     """In a process of its own, since it stays: 20 blocks of 8 MiB, freed between ones that are kept."""
     script = (
         "import psutil, time, torch\n"
-        "from types import SimpleNamespace\n"
+        "from instructgpt_trl.models import limits\n"
         "from instructgpt_trl.models.limits import freed_memory_given_back\n"
         "def touched(): return torch.ones(2**21)\n"
         "for _ in range(3): touched()  # glibc raises its threshold now\n"
-        f"psutil.virtual_memory = lambda: SimpleNamespace(available={available}, total=10)\n"
+        f"limits.system_memory = lambda: ({available}, 10)\n"
         "with freed_memory_given_back(interval=0.01): time.sleep(0.5)\n"
         "before = psutil.Process().memory_info().rss\n"
         "pairs = [(touched(), torch.ones(2**13)) for _ in range(20)]\n"
@@ -198,3 +199,13 @@ def test_freed_memory_goes_back_to_the_system_once_memory_is_short(available, ke
     )
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert (int(out) > 100) == kept and (int(out) < 16) == (not kept)  # of 160
+
+
+def test_a_containers_limit_is_memory_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=600, total=1000))
+    assert system_memory(tmp_path) == (600, 1000)  # no limit's files
+    (tmp_path / "memory.stat").write_text("anon 100\ninactive_file 50\n")
+    (tmp_path / "memory.current").write_text("300\n")
+    for limit, found in (("max", (600, 1000)), ("400", (150, 400)), ("900", (600, 1000))):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        assert system_memory(tmp_path) == found

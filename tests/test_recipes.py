@@ -14,6 +14,9 @@ import pytest
 import yaml
 from conftest import make_llama, make_tokenizer
 from datasets import Dataset
+from peft import LoraConfig, PeftConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig
 
 from instructgpt_trl import PPOConfig, RewardConfig, RewardModel, SFTConfig
 from instructgpt_trl.data import InputError
@@ -113,6 +116,29 @@ def test_chain_by_the_printed_commands(peft, base_dir, rows, tmp_path, capsys, m
     assert command[:2] == ["python", "-c"]
     exec(command[2], {})  # generates with the policy
     assert "Your prompt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("prefix_sharing, shared", [("auto", 3), ("off", 1)])
+def test_the_reward_recipe_predicts_the_largest_step_of_its_rows(
+    base_dir, rows, tmp_path, monkeypatch, prefix_sharing, shared
+):
+    """Two prompts a pass, each with three completions of up to three tokens and EOS behind a prompt of three."""
+    loads, predict = [], common.predict
+    monkeypatch.setattr(common, "predict", lambda config, load: (loads.append(load), predict(config, load))[1])
+    flags = ["--model_name_or_path", base_dir, "--dataset", rows["RANKINGS.jsonl"], "--save_strategy", "no"]
+    flags += ["--output_dir", str(tmp_path / "RM"), "--prefix_sharing", prefix_sharing, "--use_peft"]
+    REWARD.main([*flags, *TINY, "--max_steps", "1"])
+    (load,) = loads
+    assert (load.stage, load.rows, load.shared, load.prompt, load.completion) == ("reward", 6, shared, 3, 4)
+
+
+def test_an_adapter_that_goes_on_is_predicted_as_trained(base_dir, tmp_path):
+    """PEFT saves adapters as frozen."""
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base_dir), LoraConfig()).save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).inference_mode
+    config, model = RewardConfig("out", use_cpu=True), ModelConfig(str(tmp_path))
+    sizes = {"stage": "reward", "rows": 1, "prompt": 1, "completion": 1}
+    assert not common._load_of(config, model, sizes).lora.inference_mode
 
 
 def test_conversational_rows_and_the_yaml_file_beside_this_one(base_dir, rows, tmp_path, capsys, monkeypatch):

@@ -59,7 +59,7 @@ def take_rows(episodes: Episodes, rows: torch.Tensor) -> Episodes:
 
 def by_length(episodes: Episodes, rows: torch.Tensor, group: int) -> torch.Tensor:
     """`rows` in groups of `group` as they come, longest first inside each: micro-batches have little padding then."""
-    lengths = episodes["prompt_lengths"] + episodes["completion_lengths"]
+    lengths = (episodes["prompt_lengths"] + episodes["completion_lengths"]).cpu()  # where `rows` are
     return torch.cat([some[lengths[some].argsort(descending=True, stable=True)] for some in rows.split(group)])
 
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-import psutil
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers.utils import logging
+
+from ..peak_memory import system_memory
 
 logger = logging.get_logger(__name__)
 
@@ -21,8 +22,8 @@ _M_MMAP_THRESHOLD = -3  # malloc.h
 @contextmanager
 def freed_memory_given_back(interval: float = 0.1) -> Iterator[None]:
     """
-    Inside, once less than half of the system's memory is available, the allocator returns tensors of 128 KiB and more
-    to the system when they are freed, and what it kept before. It looks every `interval` seconds.
+    Inside, once less than half of the memory ([`system_memory`]) is available, the CPU's allocator returns tensors of
+    128 KiB and more to the system when they are freed, and what it kept before. It looks every `interval` seconds.
 
     As soon as large tensors come and go, glibc keeps blocks of up to 32 MiB for itself instead, full of holes: a PPO
     update of a 135M model (LoRA, 16 x 192 tokens, gradient checkpointing) took 7.1 GB then and 81 s, and 1.7 GB and
@@ -39,8 +40,8 @@ def freed_memory_given_back(interval: float = 0.1) -> Iterator[None]:
 
     def watch() -> None:
         while not stop.wait(interval):
-            memory = psutil.virtual_memory()
-            if memory.available < memory.total / 2:
+            available, total = system_memory()
+            if available < total / 2:
                 library.mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
                 library.malloc_trim(0)
                 return
