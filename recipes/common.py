@@ -103,7 +103,8 @@ def parse(argv: list[str], arguments: type[DataArguments], config: type[Training
 
 def parse_model(argv: list[str], arguments: type[ModelArguments], **defaults: Any) -> tuple:
     """As `parse`, for a recipe that trains nothing: `arguments` and `trl.ModelConfig`."""
-    args, model = parse_arguments(argv, (arguments, ModelConfig), **{"dtype": "float32", **defaults})
+    dtype = "auto" if torch.cuda.is_available() else "float32"  # as saved, where memory is the card's
+    args, model = parse_arguments(argv, (arguments, ModelConfig), **{"dtype": dtype, **defaults})
     check_model(model, args.trust_remote_code)
     return args, model
 

@@ -101,15 +101,16 @@ def outputs(trainer: PPOTrainer, prompts) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("policy", "reward", "quantized"), [("sft", "adapter", True), ("sft", "adapter", False), ("full", "full", False)]
+    ("policy", "reward", "bits"),
+    [("sft", "adapter", 4), ("sft", "adapter", 8), ("sft", "adapter", None), ("full", "full", None)],
 )
 def test_reference_and_reward_model_are_the_same_after_50_updates(
-    wide, tmp_path, prompts, monkeypatch, policy, reward, quantized
+    wide, tmp_path, prompts, monkeypatch, policy, reward, bits
 ):
     store_completions(monkeypatch)
     settings = dict(max_steps=50, steps_per_generation=2, learning_rate=0.01, value_learning_rate=0.01)
     args = config(tmp_path, logging_steps=50, **settings)
-    quantization = nf4() if quantized else None
+    quantization = {4: nf4(), 8: BitsAndBytesConfig(load_in_8bit=True), None: None}[bits]
     trainer = trainer_of(wide, policy, reward, args, prompts, quantization_config=quantization)
     before = outputs(trainer, prompts)
     moved = {k: p.detach().clone() for k, p in trainer._policy_parameters.items()}
