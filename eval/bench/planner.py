@@ -20,7 +20,7 @@ import torch
 from bench import SMOLLM2, lora, make_model, make_stages, side
 from transformers import AutoConfig
 
-from instructgpt_trl.memory import Load, peak, predict
+from instructgpt_trl.memory import STAGES, Load, peak, predict
 
 # What is predicted are tensors: glibc's allocator keeps no freed ones then, as in a run that is short of memory
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072"}
@@ -35,17 +35,19 @@ SHAPES = {
     | {"num_attention_heads": 8, "num_key_value_heads": 2},
     "135M": SMOLLM2,
 }
+K = 4  # completions of a prompt in the reward model's rows
 KINDS = {"LoRA": (False, None), "all weights": (True, None), "LoRA, 4-bit": (False, 4)}
 
 
 def load_of(setting: dict) -> Load:
     return Load(
-        stage="ppo_ptx",
+        stage=setting["stage"],
+        shared=setting["k"],
         rows=setting["batch"],
         prompt=setting["prompt"],
         completion=setting["completion"],
-        sampled=setting["rollout"],
-        ptx_length=setting["prompt"] + setting["completion"],
+        sampled=setting["rollout"] if setting["ptx"] else 0,
+        ptx_length=setting["prompt"] + setting["completion"] if setting["ptx"] else 0,
         lora=None if setting["full"] else lora(),
         dtype=getattr(torch, setting["dtype"]),
         bits=setting["bits"],
@@ -64,6 +66,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights and passes")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="what is trained")
     parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=["30M", "70M", "135M"])
+    parser.add_argument("--stage", choices=STAGES, default="ppo_ptx")
     parser.add_argument("--json", help="file for the table")
     args = parser.parse_args()
     sizes = ["1M"] if args.quick else args.sizes
@@ -78,11 +81,14 @@ def main() -> None:
                 saved = torch.bfloat16 if args.dtype == "float32" else torch.float32
                 make_model(folder / "base", SHAPES[size], saved)
                 make_stages(folder / "base", folder, full, saved)
-            setting = {"side": "ours", "base": str(folder / "base"), "sft": str(folder / "sft")}
+            ppo = args.stage == "ppo_ptx"
+            setting = {"stage": args.stage, "side": "ours" if ppo else args.stage, "ptx": ppo}
+            setting |= {"k": K if args.stage == "reward" else 1}
+            setting |= {"base": str(folder / "base"), "sft": str(folder / "sft")}
             setting |= {"reward": str(folder / "reward"), "full": full, "bits": bits, "checkpointing": checkpointing}
             setting |= {"batch": args.batch, "prompt": args.prompt, "completion": args.completion}
             setting |= {"rollout": args.rollout or args.batch}
-            setting |= {"dtype": args.dtype, "updates": 2, "ptx": True, "anonymous": True}
+            setting |= {"dtype": args.dtype, "updates": 2, "anonymous": True}
             file = folder / "setting.json"
             file.write_text(json.dumps(setting), encoding="utf-8")
             predicted = peak(predict(AutoConfig.from_pretrained(folder / "base"), load_of(setting))) / MB

@@ -1,7 +1,8 @@
 """
 One side of a PPO benchmark, in a process of its own: `python ppo_side.py SETTING.json OUT.json`.
 
-A setting names the folders of the models, the sizes of a batch and the side, "ours" or "trl". What is written: bytes
+A setting names the folders of the models, the sizes of a batch and the side: "ours" or "trl", or "sft" or "reward" for
+our other stages. What is written: bytes
 at the peak beyond the process's size after imports, seconds of each update, generated tokens and optimizer steps.
 """
 
@@ -107,6 +108,45 @@ def ours(setting: dict[str, Any], folder: str, clock: Clock) -> Any:
     return trainer
 
 
+def sft(setting: dict[str, Any], folder: str, clock: Clock) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(setting["base"])
+    count = setting["batch"] * setting["updates"]
+    columns = {name: texts(tokenizer, count, setting[name]) for name in ("prompt", "completion")}
+    args = instructgpt_trl.SFTConfig(**of_a_stage(setting, folder), residual_dropout=0)
+    return instructgpt_trl.SFTTrainer(train_dataset=Dataset.from_dict(columns), args=args, **model_of(setting, clock))
+
+
+def reward(setting: dict[str, Any], folder: str, clock: Clock) -> Any:
+    """`setting["batch"]` completions a step, those of a prompt `setting["k"]`."""
+    tokenizer, k = AutoTokenizer.from_pretrained(setting["base"]), setting["k"]
+    setting = {**setting, "batch": setting["batch"] // k}
+    count = setting["batch"] * setting["updates"]
+    completions = texts(tokenizer, count * k, setting["completion"])
+    columns = {
+        "prompt": texts(tokenizer, count, setting["prompt"]),
+        "completions": [completions[k * i : k * i + k] for i in range(count)],
+        "ranks": [list(range(1, k + 1))] * count,
+    }
+    args = instructgpt_trl.RewardConfig(**of_a_stage(setting, folder))
+    return instructgpt_trl.RewardTrainer(
+        train_dataset=Dataset.from_dict(columns), args=args, **model_of(setting, clock)
+    )
+
+
+def of_a_stage(setting: dict[str, Any], folder: str) -> dict[str, Any]:
+    dtype = {"dtype": setting["dtype"]}
+    return {**common_arguments(setting, folder), "max_steps": setting["updates"], "model_init_kwargs": dtype}
+
+
+def model_of(setting: dict[str, Any], clock: Clock) -> dict[str, Any]:
+    return {
+        "model": setting["base"],
+        "peft_config": None if setting["full"] else lora(),
+        "quantization_config": quantized(setting),
+        "callbacks": [clock],
+    }
+
+
 def theirs(setting: dict[str, Any], folder: str, clock: Clock) -> Any:
     """TRL 1.12's trainer; on LoRA its policy alone is an adapter, and its value model is trained whole."""
     args = trl_ppo().PPOConfig(
@@ -168,9 +208,10 @@ def main(setting: dict[str, Any]) -> dict[str, Any]:
     if setting["side"] == "trl":  # imports are not what is measured
         trl_ppo()
     else:
-        _ = instructgpt_trl.PPOTrainer
+        _ = instructgpt_trl.PPOTrainer, instructgpt_trl.RewardTrainer, instructgpt_trl.SFTTrainer
     with tempfile.TemporaryDirectory() as folder, PeakMemory(setting["anonymous"]) as memory:
-        trainer = {"ours": ours, "trl": theirs}[setting["side"]](setting, folder, clock)
+        sides = {"ours": ours, "trl": theirs, "sft": sft, "reward": reward}
+        trainer = sides[setting["side"]](setting, folder, clock)
         built = memory.bytes
         trainer.train()
         steps = trainer.state.global_step
