@@ -64,7 +64,7 @@ def system_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
     try:
         limit, used = (int((cgroup / f"memory.{name}").read_text()) for name in ("max", "current"))
         files = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # none, or "max"
+        available = limit - used + int(files["inactive_file"])
+    except (OSError, ValueError, KeyError):  # none, or "max"
         return memory.available, memory.total
-    available = limit - used + int(files["inactive_file"])
     return min((memory.available, memory.total), (available, limit))

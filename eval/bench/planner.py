@@ -1,13 +1,14 @@
 """
-The planner against measurement: peak memory of PPO-ptx updates, predicted without weights and measured in processes.
+The planner against measurement: peak memory of a stage, predicted without weights and measured in processes.
 
-    python eval/bench/planner.py            # eighteen settings, half an hour on two cores
+    python eval/bench/planner.py            # eighteen settings of PPO-ptx, half an hour on two cores
+    python eval/bench/planner.py --stage reward
     python eval/bench/planner.py --quick    # two small ones
     python eval/bench/planner.py --kinds LoRA --sizes 30M --dtype bfloat16 --rollout 128 --prompt 32 --completion 96
 
 Three model sizes; LoRA, all weights, LoRA on a 4-bit base; gradient checkpointing on and off. The last one is about
-sampling: 128 completions at a time, trained on in batches of 8. Measured is
-anonymous memory beyond the process's size after imports, looked at every 10 ms.
+sampling: 128 completions at a time, trained on in batches of 8. Measured is anonymous memory beyond the process's size
+after imports, looked at every 10 ms, with an allocator that returns freed memory, as in a run that is short of it.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from transformers import AutoConfig
 
 from instructgpt_trl.memory import STAGES, Load, peak, predict
 
-# What is predicted are tensors: glibc's allocator keeps no freed ones then, as in a run that is short of memory
+# Of glibc's allocator: what is predicted are tensors, not those it keeps after they were freed
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 SCRIPT = str(Path(__file__).with_name("ppo_side.py"))
 MB = 2**20
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="what is trained")
     parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=["30M", "70M", "135M"])
     parser.add_argument("--stage", choices=STAGES, default="ppo_ptx")
+    parser.add_argument("--keep_freed", action="store_true", help="an allocator that keeps what was freed")
     parser.add_argument("--json", help="file for the table")
     args = parser.parse_args()
     sizes = ["1M"] if args.quick else args.sizes
@@ -92,7 +94,7 @@ def main() -> None:
             file = folder / "setting.json"
             file.write_text(json.dumps(setting), encoding="utf-8")
             predicted = peak(predict(AutoConfig.from_pretrained(folder / "base"), load_of(setting))) / MB
-            measured = side(SCRIPT, file, **GIVES_BACK)["bytes"] / MB
+            measured = side(SCRIPT, file, **({} if args.keep_freed else GIVES_BACK))["bytes"] / MB
             row = {"model": size, "trained": kind, "checkpointing": checkpointing}
             rows.append(row | {"predicted_mb": predicted, "measured_mb": measured, "off": predicted / measured - 1})
             shown = "on" if checkpointing else "off"
