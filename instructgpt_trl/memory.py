@@ -84,7 +84,7 @@ class Load:
 # Beside tensors, in bytes: what CUDA, cuBLAS and the allocator's rounding take (not measured by us), and what a
 # process on a CPU grows by from its imports on (measured: eval/bench/README.md)
 CUDA_CONTEXT = 600 * 2**20
-CPU_CONTEXT = 56 * 2**20
+CPU_CONTEXT = {"sft": 30 * 2**20, "reward": 30 * 2**20, "ppo_ptx": 56 * 2**20}
 
 
 def predict(config: PreTrainedConfig, load: Load) -> dict[str, int]:
@@ -175,7 +175,11 @@ def _parts(config: PreTrainedConfig, load: Load, embeddings: bool = True) -> dic
         model.get_input_embeddings().requires_grad_(False)
         model.enable_input_require_grads()
     always = _always(network, model, load)  # before the passes put other tensors in
-    return {**always, **_passes(network, model, load), "context": CUDA_CONTEXT if load.cuda else CPU_CONTEXT}
+    return {
+        **always,
+        **_passes(network, model, load),
+        "context": CUDA_CONTEXT if load.cuda else CPU_CONTEXT[load.stage],
+    }
 
 
 def _always(network: nn.Module, model: PreTrainedModel, load: Load) -> dict[str, int]:

@@ -110,7 +110,7 @@ def ours(setting: dict[str, Any], folder: str, clock: Clock) -> Any:
 
 def sft(setting: dict[str, Any], folder: str, clock: Clock) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(setting["base"])
-    count = setting["batch"] * setting["updates"]
+    count = 2 * setting["batch"] * setting["updates"]
     columns = {name: texts(tokenizer, count, setting[name]) for name in ("prompt", "completion")}
     args = instructgpt_trl.SFTConfig(**of_a_stage(setting, folder), residual_dropout=0)
     return instructgpt_trl.SFTTrainer(train_dataset=Dataset.from_dict(columns), args=args, **model_of(setting, clock))
@@ -120,7 +120,7 @@ def reward(setting: dict[str, Any], folder: str, clock: Clock) -> Any:
     """`setting["batch"]` completions a step, those of a prompt `setting["k"]`."""
     tokenizer, k = AutoTokenizer.from_pretrained(setting["base"]), setting["k"]
     setting = {**setting, "batch": setting["batch"] // k}
-    count = setting["batch"] * setting["updates"]
+    count = 2 * setting["batch"] * setting["updates"]
     completions = texts(tokenizer, count * k, setting["completion"])
     columns = {
         "prompt": texts(tokenizer, count, setting["prompt"]),
@@ -134,8 +134,9 @@ def reward(setting: dict[str, Any], folder: str, clock: Clock) -> Any:
 
 
 def of_a_stage(setting: dict[str, Any], folder: str) -> dict[str, Any]:
-    dtype = {"dtype": setting["dtype"]}
-    return {**common_arguments(setting, folder), "max_steps": setting["updates"], "model_init_kwargs": dtype}
+    """Two passes a step, so that gradients are there in the second, as the planner has it."""
+    own = {"gradient_accumulation_steps": 2, "max_steps": setting["updates"]}
+    return common_arguments(setting, folder) | own | {"model_init_kwargs": {"dtype": setting["dtype"]}}
 
 
 def model_of(setting: dict[str, Any], clock: Clock) -> dict[str, Any]:
