@@ -8,20 +8,16 @@ turn). What is there all the time (weights, gradients, optimizer states) is coun
 """
 
 import copy
-import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from ._trl import add_fused_lm_head, triton_lm_head
@@ -30,8 +26,9 @@ from .data.sharing import share_prompts, shared_attention_mask
 from .models.reward_network import last_token_scores
 from .models.roles import Role, adapter_parameters
 from .models.sharing import why_not_by_config
+from .peak_memory import traced_peak
 
-__all__ = ["PARTS", "STAGES", "Load", "largest", "peak", "predict", "predict_sampling", "shortened", "traced_peak"]
+__all__ = ["PARTS", "STAGES", "Load", "largest", "peak", "predict", "predict_sampling", "shortened"]
 
 STAGES = ("sft", "reward", "ppo_ptx")
 PARTS = ("base", "adapters and heads", "gradients", "optimizer", "activations", "logits chunk", "sampling", "context")
@@ -416,44 +413,3 @@ def _training_peak(role: Role, method: Callable[[], torch.Tensor]) -> int:
             method().sum().backward()
 
     return traced_peak(step)
-
-
-def traced_peak(run: Callable[[], Any]) -> int:
-    """The most bytes alive at once of what `run` makes, what it was given aside."""
-    with _Live() as live:
-        run()
-    return live.peak
-
-
-class _Live(TorchDispatchMode):
-    """Counts the bytes that operations inside it have made and that are still alive; `peak` is the most there were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for tensor in tree_leaves((args, kwargs)):
-            self._note(tensor, made=False)
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            self._note(tensor, made=True)
-        return out
-
-    def _note(self, tensor: Any, made: bool) -> None:
-        if not isinstance(tensor, torch.Tensor):
-            return
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        size = storage.nbytes() if made else 0
-        self._known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size

@@ -1,13 +1,17 @@
 """How much memory a process takes, measured while it runs, and how much there is."""
 
 import threading
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-__all__ = ["PeakMemory", "system_memory"]
+__all__ = ["PeakMemory", "system_memory", "traced_peak"]
 
 
 class PeakMemory:
@@ -53,6 +57,47 @@ class PeakMemory:
             return torch.cuda.max_memory_reserved()
         memory = self._process.memory_info()
         return memory.rss - (getattr(memory, "shared", 0) if self._anonymous else 0)
+
+
+def traced_peak(run: Callable[[], Any]) -> int:
+    """The most bytes alive at once of what `run` makes, what it was given aside."""
+    with _Live() as live:
+        run()
+    return live.peak
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes that operations inside it have made and that are still alive; `peak` is the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for tensor in tree_leaves((args, kwargs)):
+            self._note(tensor, made=False)
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            self._note(tensor, made=True)
+        return out
+
+    def _note(self, tensor: Any, made: bool) -> None:
+        if not isinstance(tensor, torch.Tensor):
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes() if made else 0
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
 
 
 def system_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:

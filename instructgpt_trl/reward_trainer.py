@@ -26,11 +26,9 @@ from .models.reward_model import RewardModel
 from .models.reward_network import adapter_base, head_of, load_reward_network, pool_by_length, scalar_config
 from .models.sharing import attention_length, network_inputs
 from .reward_config import RewardConfig
+from .reward_metrics import STATS, metrics_of, prompt_stats
 
 logger = logging.getLogger(__name__)
-
-# What one prompt adds to the log, see `_prompt_stats`. squares: sum over its completions of (score - its mean)^2
-STATS = "completions tokens mean squares lowest highest pairs ordered margin ties shortened".split()
 
 
 class RewardTrainer(trl.RewardTrainer):
@@ -227,7 +225,7 @@ class RewardTrainer(trl.RewardTrainer):
         loss = ranking_loss(scores, ranks, sizes)
         if self.args.center_rewards_coefficient is not None:
             loss = loss + self.args.center_rewards_coefficient * _centering(scores, ranks, sizes)
-        self._note(_prompt_stats(scores.detach(), ranks, sizes, inputs["tokens"], inputs["shortened"]))
+        self._note(prompt_stats(scores.detach(), ranks, sizes, inputs["tokens"], inputs["shortened"]))
         return (loss, outputs) if return_outputs else loss
 
     def _note(self, stats: Tensor) -> None:
@@ -247,7 +245,7 @@ class RewardTrainer(trl.RewardTrainer):
             # "eval_", or "eval_NAME_" with a dictionary of evaluation datasets, where TRL's names collide
             timed = [name.removesuffix("runtime") for name in logs if name.endswith("_runtime")]
             prefix = "" if mode == "train" else timed[0] if timed else "eval_"
-            metrics = _metrics(torch.cat(self._window[mode]).cpu().double())
+            metrics = metrics_of(torch.cat(self._window[mode]).cpu().double())
             logs.update({f"{prefix}{name}": value for name, value in metrics.items()})
             self._window[mode].clear()
         super().log(logs, start_time)
@@ -342,54 +340,3 @@ def _centering(scores: Tensor, ranks: Tensor, group_sizes: list[int]) -> Tensor:
     better, worse, group = _untied_pairs(ranks, group_sizes)
     pairs = torch.bincount(group, minlength=len(group_sizes))
     return ((scores[better] + scores[worse]) ** 2 / pairs[group]).sum() / (pairs > 0).sum().clamp(min=1)
-
-
-def _prompt_stats(scores: Tensor, ranks: Tensor, group_sizes: list[int], tokens: Tensor, shortened: Tensor) -> Tensor:
-    """(B, len(STATS)): each prompt's part in the metrics, so that sums over prompts are sums over everything."""
-    sizes = torch.tensor(group_sizes, device=scores.device)
-    prompt = torch.arange(len(sizes), device=scores.device).repeat_interleave(sizes)
-    better, worse, group = _untied_pairs(ranks, group_sizes)
-    zero = scores.new_zeros(len(sizes))
-
-    def total(values: Tensor, index: Tensor = prompt) -> Tensor:
-        return zero.index_add(0, index, values.to(zero.dtype))
-
-    mean = total(scores) / sizes
-    margin = scores[better] - scores[worse]
-    pairs = torch.bincount(group, minlength=len(sizes))
-    columns = {
-        "completions": sizes,
-        "tokens": tokens,
-        "mean": mean,
-        "squares": total((scores - mean[prompt]) ** 2),
-        "lowest": zero.scatter_reduce(0, prompt, scores, "amin", include_self=False),
-        "highest": zero.scatter_reduce(0, prompt, scores, "amax", include_self=False),
-        "pairs": pairs,
-        "ordered": total((margin > 0).float() + 0.5 * (margin == 0), group),
-        "margin": total(margin, group),
-        "ties": sizes * (sizes - 1) // 2 - pairs,
-        "shortened": shortened > 0,
-    }
-    return torch.stack([columns[name].to(zero.dtype) for name in STATS], dim=1)
-
-
-def _metrics(stats: Tensor) -> dict[str, float]:
-    """Metrics from the rows of `_prompt_stats`, float64. Without a pair, those of pairs are left out."""
-    of = dict(zip(STATS, stats.unbind(1), strict=True))
-    completions, pairs = of["completions"].sum(), of["pairs"].sum()
-    mean = (of["completions"] * of["mean"]).sum() / completions
-    squares = (of["squares"] + of["completions"] * (of["mean"] - mean) ** 2).sum()
-    metrics = {
-        "min_reward": of["lowest"].min(),
-        "mean_reward": mean,
-        "max_reward": of["highest"].max(),
-        "score_std": (squares / completions).sqrt(),
-        "tied_pairs": of["ties"].sum(),
-        "shortened_rows": of["shortened"].sum(),
-    }
-    if pairs > 0:
-        compared = of["pairs"] > 0
-        metrics["accuracy"] = of["ordered"].sum() / pairs
-        metrics["prompt_accuracy"] = (of["ordered"][compared] / of["pairs"][compared]).mean()
-        metrics["margin"] = of["margin"].sum() / pairs
-    return {name: value.item() for name, value in metrics.items()}

@@ -145,8 +145,15 @@ def load_model(args: ModelArguments, model: ModelConfig) -> tuple[PreTrainedMode
         device_map="auto" if torch.cuda.is_available() else None,
         **({} if quantization is None else {"quantization_config": quantization}),
     )
-    hub = {"revision": model.model_revision, "trust_remote_code": args.trust_remote_code}
-    return loaded, AutoTokenizer.from_pretrained(name, **hub)
+    return loaded, load_tokenizer(model, args.trust_remote_code)
+
+
+def load_tokenizer(model: ModelConfig, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """That of a model's or an adapter's folder, else that of the adapter's base."""
+    name = model.model_name_or_path
+    own = not Path(name).is_dir() or any(Path(name).glob("*token*"))
+    options = {"revision": model.model_revision, "trust_remote_code": trust_remote_code}
+    return AutoTokenizer.from_pretrained(name if own else base_of(name), **options)
 
 
 def parse_arguments(argv: list[str], classes: tuple[type, ...], **defaults: Any) -> tuple:
@@ -296,14 +303,6 @@ def base_of(name: str) -> str:
     if (Path(name) / "adapter_config.json").is_file():
         name = PeftConfig.from_pretrained(name).base_model_name_or_path
     return os.path.realpath(name) if Path(name).is_dir() else name
-
-
-def tokenizer_of(config: TrainingArguments, model: ModelConfig) -> PreTrainedTokenizerBase:
-    """That of a model's or an adapter's folder, else that of the adapter's base."""
-    name = model.model_name_or_path
-    own = not Path(name).is_dir() or any(Path(name).glob("*token*"))
-    options = {"revision": model.model_revision, "trust_remote_code": config.trust_remote_code}
-    return AutoTokenizer.from_pretrained(name if own else base_of(name), **options)
 
 
 def _base_config(config: TrainingArguments, model: ModelConfig) -> PreTrainedConfig:

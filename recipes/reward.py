@@ -9,19 +9,23 @@ score 0 on average afterwards. From an SFT adapter, a copy of it is trained on, 
 Flags and `--config` are as in sft.py.
 """
 
+import heapq
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from common import (
     DataArguments,
     final_evaluation,
     finish,
+    load_tokenizer,
     next_command,
     parse,
     read,
     read_and_split,
     run,
-    tokenizer_of,
     watched_memory,
 )
 from datasets import Dataset
@@ -42,22 +46,26 @@ class Arguments(DataArguments):
 
 
 def sizes(config: RewardConfig, model: ModelConfig, rankings: Dataset) -> dict[str, int]:
-    """The largest step that rankings can make, for the prediction of memory."""
-    tokenizer = tokenizer_of(config, model)
-
-    def lengths(row: dict) -> dict[str, int]:
-        prompt = len(encode_prompt(tokenizer, row["prompt"]))
-        completions = [len(encode_completion(tokenizer, row["prompt"], text)) for text in row["completions"]]
-        fit = [length for length in completions if prompt + length <= (config.max_length or float("inf"))]
-        return {"prompt": prompt if fit else 0, "completion": max(fit, default=0)}
-
-    found = rankings.map(lengths, remove_columns=rankings.column_names, desc="Measuring rankings")
+    """
+    The largest step that rankings can make, for the prediction of memory: from the longest of their texts, since the
+    trainer will encode them all.
+    """
+    tokenizer = load_tokenizer(model, config.trust_remote_code)
+    prompt = max(len(encode_prompt(tokenizer, text)) for text in longest(rankings["prompt"]))
+    pairs = ((row["prompt"], text) for row in rankings for text in row["completions"])
+    completion = max(len(encode_completion(tokenizer, *pair)) for pair in longest(pairs, lambda pair: str(pair[1])))
     most = max(map(len, rankings["ranks"]))
     return {
         "rows": config.per_device_train_batch_size * most,
         "shared": 1 if config.prefix_sharing == "off" else most,
-        **{name: max(found[name]) for name in ("prompt", "completion")},
+        "prompt": prompt,
+        "completion": min(completion, (config.max_length or math.inf) - prompt),
     }
+
+
+def longest(texts: Iterable, as_text: Callable[[Any], str] = str) -> list:
+    """The hundred with the most characters, among which the one with the most tokens is looked for."""
+    return heapq.nlargest(100, texts, key=lambda text: len(as_text(text)))
 
 
 def main(argv: list[str]) -> None:

@@ -101,7 +101,7 @@ def record(trainer: PPOTrainer) -> Recorder:
     return recorder
 
 
-def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol=1e-4, atol=1e-6) -> None:
+def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol=1e-5, atol=1e-6) -> None:
     assert got.keys() == expected.keys()
     for name in got:
         torch.testing.assert_close(got[name], expected[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")

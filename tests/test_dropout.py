@@ -148,7 +148,7 @@ def test_hooks_scale_what_is_kept_and_drop_before_the_residual_add():
     for name in ("attention", "feed_forward"):
         whole, dropped = seen[name], seen[f"dropped {name}"]
         kept = dropped != 0
-        assert torch.allclose(dropped[kept], whole[kept] / (1 - p), rtol=1e-6)
+        assert torch.allclose(dropped[kept], whole[kept] / (1 - p), rtol=2.5e-7, atol=0)
         # 32 * 64 * 16 elements: the share dropped is p within five standard errors
         assert abs((~kept).float().mean().item() - p) < 5 * math.sqrt(p * (1 - p) / kept.numel())
     assert torch.equal(seen["between"], seen["in"] + seen["dropped attention"])
@@ -217,7 +217,7 @@ def test_pitfall_10_gradient_checkpointing_recomputes_the_same_mask(make, with_a
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
-        assert torch.allclose(gradient, gradients[1][name], rtol=1e-6, atol=1e-8), name
+        assert torch.equal(gradient, gradients[1][name]), name
         assert gradient.abs().max() > 0, name
 
 

@@ -34,7 +34,7 @@ def test_hundred_updates_equal_the_closed_form():
             weights["a"].fill_(k)
         ema.update()
     expected = sum((1 - d) * d ** (n - k) * k for k in range(1, n + 1))
-    torch.testing.assert_close(ema.averages["a"], torch.full((2, 3), expected), rtol=1e-5, atol=0)
+    torch.testing.assert_close(ema.averages["a"], torch.full((2, 3), expected), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("fails", [False, True])

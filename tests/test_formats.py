@@ -3,6 +3,9 @@
 import json
 import os
 import re
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
@@ -278,9 +281,23 @@ def test_output_dir(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_output_dir_without_permission(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(InputError, match="cannot be written .Permission denied."):
-        check_output_dir(tmp_path / "out")
-    tmp_path.chmod(0o700)
+@contextmanager
+def no_root():
+    """Root may write anywhere; as another user it may not."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_output_dir_without_permission():
+    with TemporaryDirectory() as folder:  # which another user can enter, unlike pytest's
+        for mode, refused in ((0o555, True), (0o777, False)):
+            Path(folder).chmod(mode)
+            denied = pytest.raises(InputError, match="cannot be written .Permission denied.")
+            with no_root(), denied if refused else nullcontext():
+                check_output_dir(Path(folder, "out"))

@@ -143,7 +143,7 @@ def test_whiten_equals_the_reference(case, shift_mean, integer_mask):
     (x,), mask_tensor = as_tensors(mask, arrays, integer_mask)
     # A root of 1e-8 turns rounding of the mean of one entry into 1e-12
     expected = reference.whiten(*arrays, mask, shift_mean)
-    np.testing.assert_allclose(F.whiten(x, mask_tensor, shift_mean).numpy(), expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(F.whiten(x, mask_tensor, shift_mean).numpy(), expected, rtol=1e-10, atol=1e-10)
 
 
 @cases
@@ -173,7 +173,7 @@ def test_defaults_are_those_of_the_design(case):
         np.testing.assert_allclose(got.numpy(), expected, **CLOSE)
     np.testing.assert_allclose(F.policy_loss(a, b, c, m).item(), reference.policy_loss(*arrays, mask, 0.2), **CLOSE)
     np.testing.assert_allclose(F.value_loss(a, b, c, m).item(), reference.value_loss(*arrays, mask, 0.2), **CLOSE)
-    np.testing.assert_allclose(F.whiten(a, m).numpy(), reference.whiten(arrays[0], mask, True), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(F.whiten(a, m).numpy(), reference.whiten(arrays[0], mask, True), rtol=1e-10, atol=1e-10)
 
 
 # ---- by hand

@@ -15,9 +15,9 @@ from transformers import Qwen2Config
 
 from instructgpt_trl import PPOTrainer, memory
 from instructgpt_trl.data.sharing import share_prompts
-from instructgpt_trl.memory import PARTS, Load, largest, peak, predict, traced_peak
+from instructgpt_trl.memory import PARTS, Load, largest, peak, predict
 from instructgpt_trl.models.roles import Role
-from instructgpt_trl.peak_memory import PeakMemory
+from instructgpt_trl.peak_memory import PeakMemory, traced_peak
 
 SHAPE = dict(hidden=32, num_hidden_layers=6)
 LOAD = Load("ppo_ptx", rows=3, prompt=20, completion=30, sampled=3, ptx_length=64)

@@ -1,9 +1,9 @@
 """
-One side of a PPO benchmark, in a process of its own: `python ppo_side.py SETTING.json OUT.json`.
+One side of a benchmark, in a process of its own: `python ppo_side.py SETTING.json OUT.json`.
 
-A setting names the folders of the models, the sizes of a batch and the side: "ours" or "trl", or "sft" or "reward" for
-our other stages. What is written: bytes
-at the peak beyond the process's size after imports, seconds of each update, generated tokens and optimizer steps.
+A setting names the folders of the models, the sizes of a batch and the side: "ours" or "trl", which are PPO, or "sft"
+or "reward", our other stages. What is written: bytes at the peak beyond the process's size after imports, seconds of
+each update, generated tokens and optimizer steps.
 """
 
 import importlib

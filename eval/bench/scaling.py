@@ -7,9 +7,9 @@ completion length, model size and vocabulary. Prints a table of exponents and dr
 
 One size is changed at a time from a Llama of 13M weights (LoRA in PPO, all weights in the reward model, both with
 gradient checkpointing, float32). Time is the median of the repeats behind a first one; memory is the most bytes of
-tensors alive at once, weights that were loaded aside, as counted by `instructgpt_trl.memory.traced_peak`. An exponent
-is the slope of the straight line through the logarithms: 1 where twice the size takes twice as much, less where
-something does not grow.
+tensors alive at once, weights that were loaded aside (`instructgpt_trl.peak_memory.traced_peak`). An exponent is the
+slope of the straight line through the logarithms: 1 where twice the size takes twice as much, less where something
+does not grow.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback
 
 from instructgpt_trl import RewardConfig, RewardTrainer
-from instructgpt_trl.memory import traced_peak
+from instructgpt_trl.peak_memory import traced_peak
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  behind the choice of its backend

@@ -84,9 +84,14 @@ def last_token(episodes: Episodes) -> torch.Tensor:
     return episodes["prompt_lengths"] + episodes["completion_lengths"] - 1
 
 
+def padding(episodes: Episodes) -> torch.Tensor:
+    """(B, T): True behind the end of a completion, whatever the mask leaves out besides."""
+    steps = torch.arange(episodes["mask"].size(1), device=episodes["mask"].device)
+    return steps >= episodes["completion_lengths"][:, None]
+
+
 def completion_labels(episodes: Episodes) -> torch.Tensor:
     """(B, T): the completion's tokens, and -100 on padding."""
     steps = torch.arange(episodes["mask"].size(1), device=episodes["mask"].device)
     positions = (episodes["prompt_lengths"][:, None] + steps).clamp(max=episodes["input_ids"].size(1) - 1)
-    counts = steps < episodes["completion_lengths"][:, None]
-    return episodes["input_ids"].gather(1, positions).masked_fill(~counts, -100)
+    return episodes["input_ids"].gather(1, positions).masked_fill(padding(episodes), -100)

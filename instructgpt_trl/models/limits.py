@@ -33,7 +33,7 @@ def freed_memory_given_back(interval: float = 0.1) -> Iterator[None]:
     Source: mallopt(3), M_MMAP_THRESHOLD, and its dynamic adjustment; malloc_trim(3).
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(library, "mallopt"):
+    if not hasattr(library, "malloc_trim"):  # glibc's alone
         yield
         return
     stop = threading.Event()

@@ -22,7 +22,15 @@ from transformers.utils import ModelOutput, logging
 
 from .._trl import add_fused_lm_head, disable_dropout_in_model, get_config_model_id, lm_head_tiles
 from ..data import InputError
-from ..data.episodes import Episodes, attention_mask, before_tokens, completion_labels, last_token, take_rows
+from ..data.episodes import (
+    Episodes,
+    attention_mask,
+    before_tokens,
+    completion_labels,
+    last_token,
+    padding,
+    take_rows,
+)
 from .loading import holds_weights_of, keep_gradients, same_base
 from .reward_parts import RewardParts
 
@@ -122,8 +130,8 @@ class Role:
         return out.log_probs, torch.zeros_like(out.log_probs) if out.entropy is None else out.entropy
 
     def values(self, batch: Episodes) -> tuple[torch.Tensor]:
-        """(b, t): the value before each completion token."""
-        return (self._scalars(batch).gather(1, before_tokens(batch)),)
+        """(b, t): the value before each completion token, 0 on padding."""
+        return (self._scalars(batch).gather(1, before_tokens(batch)).masked_fill(padding(batch), 0.0),)
 
     def scores(self, batch: Episodes) -> tuple[torch.Tensor]:
         """(b, 1): the scalar at the last real token, wherever the padding is."""
@@ -162,8 +170,10 @@ class Role:
 
     def take_kept(self, batch: Episodes) -> tuple[torch.Tensor, ...] | None:
         """What a pass over these episodes gave, if [`evaluate`] kept it; from here on nothing is kept."""
-        (episodes, outputs), self.kept = self.kept or ({}, None), None
-        return outputs if all(torch.equal(tensor, batch[name]) for name, tensor in episodes.items()) else None
+        kept, self.kept = self.kept, None
+        if kept is None or not all(torch.equal(tensor, batch[name]) for name, tensor in kept[0].items()):
+            return None
+        return kept[1]
 
 
 @dataclass
