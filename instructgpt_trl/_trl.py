@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import trl.kernels.chunked_logprob
 import trl.trainer.utils
+from torch.nn import functional as F
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import (
     add_fused_lm_head,
@@ -35,7 +36,7 @@ __all__ = [
     "lm_head_tiles",
     "precision",
     "preserved_rng",
-    "triton_lm_head",
+    "kernels_of_a_gpu",
 ]
 
 # (class, method): overridden in our subclass, or called although it is private
@@ -113,23 +114,28 @@ _as_on_a_gpu = False
 
 
 @contextmanager
-def triton_lm_head() -> Iterator[None]:
+def kernels_of_a_gpu() -> Iterator[None]:
     """
-    Inside, the fused head makes the tensors that it makes on a GPU, where a kernel works on a tile in place, and no
-    numbers: for predictions of memory.
+    Inside, tensors on a CPU are made as on a GPU, and no numbers, for predictions of memory: there a kernel of the
+    fused head works on a tile in place, and dropout keeps which elements it dropped as a byte each.
     """
     global _as_on_a_gpu
     kernels, names = trl.kernels.chunked_logprob, ("_forward_tile", "_backward_tile")
-    before = [getattr(kernels, name) for name in names]
+    before, dropout = [getattr(kernels, name) for name in names], F.dropout
     try:
         _as_on_a_gpu = True
         for name in names:
             setattr(kernels, name, lambda *args, **kwargs: None)
+        F.dropout = _fused_dropout
         yield
     finally:
-        _as_on_a_gpu = False
+        _as_on_a_gpu, F.dropout = False, dropout
         for name, function in zip(names, before, strict=True):
             setattr(kernels, name, function)
+
+
+def _fused_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    return torch.native_dropout(x, p, training)[0] if training and p > 0 else x
 
 
 @contextmanager

@@ -15,16 +15,17 @@ from functools import partial
 
 import torch
 from peft import PeftConfig, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from ._trl import add_fused_lm_head, triton_lm_head
+from ._trl import add_fused_lm_head, kernels_of_a_gpu
 from .data.episodes import Episodes, attention_mask
 from .data.sharing import share_prompts, shared_attention_mask
 from .models.reward_network import last_token_scores
-from .models.roles import Role, adapter_parameters
+from .models.roles import Role, adapter_parameters, disable_dropout
 from .models.sharing import why_not_by_config
 from .peak_memory import traced_peak
 
@@ -47,7 +48,8 @@ class Load:
             do that; 1 for sequences of their own.
         sampled (`int`): completions sampled at a time ("ppo_ptx").
         ptx_length (`int`): tokens of a pretraining example ("ppo_ptx"); 0 without.
-        lora (`PeftConfig`, *optional*): shape of the adapters; without, all weights are trained.
+        lora (`PeftConfig`, *optional*): shape of the adapters, and their dropout, which PPO turns off; without, all
+            weights are trained.
         dtype (`torch.dtype`): of the base's weights, and of what quantised layers compute in.
         bits (`int`, *optional*): 8 or 4, of a weight of the base's linear layers where these are quantised.
         compute (`torch.dtype`): what the passes compute in; not float32: mixed precision.
@@ -56,7 +58,7 @@ class Load:
         reference, ema (`bool`): whether there is a KL penalty, and an average of the policy ("ppo_ptx").
         reward_base (`bool`): whether the reward model is a network of its own and not an adapter on the policy's base;
             it counts as if it had the policy's shape ("ppo_ptx" with adapters).
-        cuda (`bool`): whether for a GPU, where the LM head has a Triton kernel.
+        cuda (`bool`): whether for a GPU, where the LM head and dropout have kernels of their own.
     """
 
     stage: str
@@ -279,7 +281,15 @@ def _passes(network: nn.Module, model: PreTrainedModel, load: Load) -> dict[str,
         if load.lora is not None:
             network.enable_input_require_grads()
     network.train()
-    with FakeTensorMode(), triton_lm_head() if load.cuda else nullcontext():
+    if load.stage == "ppo_ptx":
+        disable_dropout(network)
+    # PEFT's layers on a quantised base convert nothing for their adapter under a GPU's mixed precision
+    as_they_come = load.cuda and load.bits is not None and load.compute != torch.float32
+    with (
+        FakeTensorMode(),
+        kernels_of_a_gpu() if load.cuda else nullcontext(),
+        disable_input_dtype_casting(network, as_they_come),
+    ):
         role = _role(network, model, load)
         batch = _episodes(load.rows, load.prompt, load.completion)
         if load.stage == "reward":

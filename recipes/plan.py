@@ -76,7 +76,8 @@ def read_config(args: Arguments) -> PreTrainedConfig:
 
 def load_of(args: Arguments, stage: str) -> Load:
     """What a stage asks for with one row a pass; a reward model's pass has all completions of a prompt."""
-    lora = LoraConfig(r=args.lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
+    dropout = ModelConfig().lora_dropout  # the recipes' default
+    lora = LoraConfig(r=args.lora_r, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
     ppo = stage == "ppo_ptx"
     return Load(
         stage=stage,

@@ -5,7 +5,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # numbers are compared with those of a CPU
+if not os.environ.get("TEST_GPU"):  # which tests/test_gpu.py is for
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # numbers are compared with those of a CPU
 
 import pytest
 import torch

@@ -1,6 +1,7 @@
 """Predicted memory against what real tensors take, and measured memory against what was asked for."""
 
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import Qwen2Config
 
 from instructgpt_trl import PPOTrainer, memory
+from instructgpt_trl._trl import kernels_of_a_gpu
 from instructgpt_trl.data.sharing import share_prompts
 from instructgpt_trl.memory import PARTS, Load, largest, peak, predict
 from instructgpt_trl.models.roles import Role
@@ -73,6 +75,24 @@ def test_passes_without_data_take_what_real_ones_take(stage, adapters, checkpoin
     expected = max(real_training_peak(network, load, method) for method in methods)
     parts = predict(settings, load)
     assert parts["activations"] + parts["logits chunk"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("on_a_gpu, bytes_an_element", [(True, 4 + 1), (False, 4 + 4)])
+def test_dropout_keeps_a_byte_an_element_on_a_gpu(on_a_gpu, bytes_an_element):
+    """Its output, and what it dropped."""
+    x = torch.ones(1000, requires_grad=True)
+    with kernels_of_a_gpu() if on_a_gpu else nullcontext():
+        kept = []
+        assert traced_peak(lambda: kept.append(nn.Dropout(0.1)(x))) == 1000 * bytes_an_element
+    assert torch.nn.functional.dropout.__name__ == "dropout"
+
+
+def test_ppo_is_predicted_without_dropout_and_what_trains_with_it():
+    settings = make_llama(**SHAPE).config
+    shapes = [lora(target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=p) for p in (0.0, 0.1)]
+    for stage, same in (("ppo_ptx", True), ("reward", False)):
+        without, with_it = (predict(settings, replace(LOAD, stage=stage, lora=shape)) for shape in shapes)
+        assert (without["activations"] == with_it["activations"]) == same
 
 
 def test_completions_that_share_a_prompt_take_what_real_ones_take():

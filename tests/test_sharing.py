@@ -109,16 +109,25 @@ def test_networks_that_cannot_share_are_found_out(tmp_path, rankings, tokenizer,
         assert reason in why_not_shared(other)
 
 
+def test_what_28_layers_round_is_let_pass():
+    """Scores in bfloat16 that differ by more than those of a network that does not obey positions might."""
+    network = make_network(num_hidden_layers=28).eval().bfloat16()
+    pool_by_length(network)
+    assert why_not_shared(network) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "broken, reason", [("position_ids", "come out otherwise"), ("attention_mask", "refused: Value")]
 )
-def test_a_network_with_other_scores_is_found_out_by_them(monkeypatch, broken, reason):
-    network = make_network().eval()
+def test_a_network_with_other_scores_is_found_out_by_them(monkeypatch, broken, reason, dtype):
+    network = make_network(num_hidden_layers=2 if dtype == torch.float32 else 28).eval().to(dtype)
     pool_by_length(network)
     forward = network.model.forward
 
     def ignores(*args, **kwargs):
-        if kwargs["attention_mask"].dim() == 4:
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 4:
             if broken == "attention_mask":
                 raise ValueError("no such mask")
             kwargs["position_ids"] = None

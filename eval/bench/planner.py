@@ -8,7 +8,8 @@ The planner against measurement: peak memory of a stage, predicted without weigh
 
 Three model sizes; LoRA, all weights, LoRA on a 4-bit base; gradient checkpointing on and off. The last one is about
 sampling: 128 completions at a time, trained on in batches of 8. Measured is anonymous memory beyond the process's size
-after imports, looked at every 10 ms, with an allocator that returns freed memory, as in a run that is short of it.
+after imports, looked at every 10 ms, with an allocator that returns freed memory, as in a run that is short of it; on
+a GPU what torch took from it.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 from bench import SMOLLM2, lora, make_model, make_stages, side
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from instructgpt_trl.memory import STAGES, Load, peak, predict
 
@@ -54,7 +55,14 @@ def load_of(setting: dict) -> Load:
         bits=setting["bits"],
         compute=getattr(torch, setting["dtype"]),
         checkpointing=setting["checkpointing"],
+        cuda=torch.cuda.is_available(),
     )
+
+
+def predicted_bytes(config: PreTrainedConfig, load: Load) -> int:
+    """What [`PeakMemory`] will count: on a GPU without CUDA's own."""
+    parts = predict(config, load)
+    return peak(parts) - (parts["context"] if load.cuda else 0)
 
 
 def main() -> None:
@@ -93,7 +101,7 @@ def main() -> None:
             setting |= {"dtype": args.dtype, "updates": 2, "anonymous": True}
             file = folder / "setting.json"
             file.write_text(json.dumps(setting), encoding="utf-8")
-            predicted = peak(predict(AutoConfig.from_pretrained(folder / "base"), load_of(setting))) / MB
+            predicted = predicted_bytes(AutoConfig.from_pretrained(folder / "base"), load_of(setting)) / MB
             measured = side(SCRIPT, file, **({} if args.keep_freed else GIVES_BACK))["bytes"] / MB
             row = {"model": size, "trained": kind, "checkpointing": checkpointing}
             rows.append(row | {"predicted_mb": predicted, "measured_mb": measured, "off": predicted / measured - 1})

@@ -1,0 +1,170 @@
+"""
+The recipes on a GPU, with the settings of the folders of `recipes/configs` that are named by a card: peak memory,
+predicted and measured.
+
+    python eval/bench/cards.py                                   # all of them
+    python eval/bench/cards.py qwen2.5_0.5b_4gb --json out.json
+
+Models have these shapes and random weights, prompts 512 and completions 256 tokens, ptx blocks 768; nothing is
+downloaded. Each recipe runs in a process of its own that is not given more memory than the card has, so that what does
+not fit fails here too. Predicted and measured are without CUDA's own memory, which differs between cards: `reserved`
+is what torch took from the card (`PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True`), `used` what tensors took of it.
+"""
+
+import argparse
+import json
+import runpy
+import sys
+import tempfile
+import time
+from contextlib import redirect_stderr
+from io import StringIO
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench import side, texts
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from yaml import safe_load
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+PROMPT, COMPLETION, K = 512, 256, 9
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+SIZES += ("num_attention_heads", "num_key_value_heads")
+# GB of the card, and the shape as in the model's config.json on the hub; all as Llama, of which Qwen2 differs by the
+# biases of attention alone
+CARDS: dict[str, tuple[float, tuple[int, ...], dict[str, Any]]] = {
+    "qwen2.5_0.5b_4gb": (4, (151936, 896, 4864, 24, 14, 2), {"attention_bias": True}),
+    "qwen2.5_1.5b_6gb": (6, (151936, 1536, 8960, 28, 12, 2), {"attention_bias": True}),
+    "llama3.2_3b_8gb": (8, (128256, 3072, 8192, 28, 24, 8), {}),
+    "qwen2.5_7b_12gb": (12, (152064, 3584, 18944, 28, 28, 4), {"attention_bias": True, "tie_word_embeddings": False}),
+    "tiny": (1, (4096, 64, 128, 2, 2, 1), {}),  # for a test of this script
+}
+CONTEXT = 0.63  # GB that the planner leaves to CUDA
+TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' <eos> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+STAGES = {
+    "sft": ["--dataset", "demonstrations.jsonl"],
+    "reward": ["--dataset", "rankings.jsonl", "--demonstrations", "demonstrations.jsonl"],
+    "ppo_ptx": ["--dataset", "prompts.jsonl", "--ptx_dataset", "text.txt", "--reward_model", "reward"],
+}
+
+
+def make_base(folder: Path, config: Any) -> None:
+    """The model in bfloat16, made on the GPU if there is one, and a tokenizer of as many words, with a template."""
+    words = ["<pad>", "<eos>", "<user>", "<assistant>"]
+    vocab = {word: i for i, word in enumerate([*words, *(f"w{i}" for i in range(len(words), config.vocab_size))])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="w4"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", chat_template=TEMPLATE
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config.pad_token_id, config.eos_token_id, config.bos_token_id, config.max_position_embeddings = 0, 1, None, 4096
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+def make_rows(folder: Path, tokenizer: Any, rows: int) -> None:
+    """Rows for the three recipes, of the lengths above with the template's own tokens."""
+    prompts, completions = texts(tokenizer, rows, PROMPT - 3), texts(tokenizer, K * rows, COMPLETION - 1)
+    ranked = [completions[K * i : K * i + K] for i in range(rows)]
+    tables = {
+        "prompts": [{"prompt": prompt} for prompt in prompts],
+        "demonstrations": [{"prompt": p, "completion": c} for p, c in zip(prompts, completions, strict=False)],
+        "rankings": [
+            {"prompt": p, "completions": some, "ranks": list(range(1, K + 1))}
+            for p, some in zip(prompts, ranked, strict=True)
+        ],
+    }
+    for name, table in tables.items():
+        lines = "".join(json.dumps(row) + "\n" for row in table)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    text = " ".join(texts(tokenizer, 2 * rows, PROMPT + COMPLETION))
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+
+
+def arguments(folder: Path, card: str, stage: str) -> list[str]:
+    """
+    A recipe's words: those of the folder's README, but two steps of two or more passes; in PPO of one rollout, which
+    is as large as the completions that are sampled at a time.
+    """
+    files = [str(folder / word) if not word.startswith("--") else word for word in STAGES[stage]]
+    model = folder / ("base" if stage == "sft" else "sft")
+    words = ["--model_name_or_path", str(model), "--output_dir", str(folder / stage), *files]
+    file, passes = RECIPES / "configs" / card / f"{stage}.yaml", 2
+    if file.is_file():
+        words = ["--config", str(file), *words]
+        if stage == "ppo_ptx":
+            yaml = safe_load(file.read_text(encoding="utf-8"))
+            passes = ceil(yaml["generation_micro_batch_size"] / yaml["per_device_train_batch_size"] / 2)
+            words += ["--steps_per_generation", str(2 * passes)]
+    words += ["--gradient_accumulation_steps", str(passes), "--max_steps", "2", "--logging_steps", "1"]
+    return [*words, "--report_to", "none", "--save_strategy", "no"]
+
+
+def run(setting: dict[str, Any]) -> dict[str, Any]:
+    """One recipe in this process, on a part of the GPU."""
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (setting["card"] - CONTEXT) * 1e9 / total))
+    sys.path.insert(0, str(RECIPES))
+    script, said, started = str(RECIPES / f"{setting['stage']}.py"), StringIO(), time.perf_counter()
+    sys.argv = [script, *setting["words"]]
+    out = {"error": ""}
+    with redirect_stderr(said):
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except BaseException as error:  # what a card does to a recipe is what is measured
+            out["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if torch.cuda.is_available():
+        out["reserved"], out["used"] = torch.cuda.max_memory_reserved() / 1e9, torch.cuda.max_memory_allocated() / 1e9
+        free, total = torch.cuda.mem_get_info()
+        out["context"] = (total - free - torch.cuda.memory_reserved()) / 1e9  # of all processes on this GPU
+    lines = [line for line in said.getvalue().splitlines() if "memory" in line]
+    return {**out, "seconds": time.perf_counter() - started, "said": lines, "stderr": said.getvalue()[-4000:]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cards", nargs="*", choices=[*CARDS, []], help="folders of recipes/configs")
+    parser.add_argument("--json", help="file for the table")
+    args = parser.parse_args()
+    found = []
+    print(f"{'card':<18} {'stage':<8} {'predicted':>9} {'reserved':>9} {'used':>7}   GB")
+    for card in args.cards or [card for card in CARDS if card != "tiny"]:
+        size, sizes, options = CARDS[card]
+        config = LlamaConfig(**{"tie_word_embeddings": True, **dict(zip(SIZES, sizes, strict=True)), **options})
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            make_base(folder / "base", config)
+            torch.cuda.empty_cache()
+            make_rows(folder, PreTrainedTokenizerFast.from_pretrained(folder / "base"), rows=128)
+            for stage in STAGES:
+                words = arguments(folder, card, stage)
+                file = folder / "setting.json"
+                file.write_text(json.dumps({"card": size, "stage": stage, "words": words}), encoding="utf-8")
+                got = side(__file__, "--side", file, PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True")
+                found.append({"card": card, "stage": stage, **got})
+                predicted = [line.split(", ")[1].split()[0] for line in got["said"] if "peak" in line]
+                print(
+                    f"{card:<18} {stage:<8} {''.join(predicted):>9} {got.get('reserved', 0):9.2f} "
+                    f"{got.get('used', 0):7.2f}   {got['seconds']:.0f} s {got['error']}",
+                    flush=True,
+                )
+                if got["error"]:
+                    print(got["stderr"], flush=True)
+                    break
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--side"]:
+        Path(sys.argv[3]).write_text(json.dumps(run(json.loads(Path(sys.argv[2]).read_text()))), encoding="utf-8")
+    else:
+        main()
