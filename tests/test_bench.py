@@ -49,6 +49,13 @@ def test_four_roles_are_stored_once(tmp_path):
     assert figures["optimizer_mb"] == pytest.approx(figures["adapters_and_heads_mb"], rel=1e-2)
 
 
+def test_a_recipe_with_the_settings_of_a_card(tmp_path):
+    (row,), shown = run("cards.py", tmp_path / "out.json", "tiny", "--stages", "sft")
+    assert (row["card"], row["stage"], row["error"], row["used_gb"]) == ("tiny", "sft", "", None)  # no GPU
+    assert 0 < row["predicted_gb"] < 2 * row["reserved_gb"]
+    assert f"{'tiny':<18} sft      {row['predicted_gb']:9.2f} {row['reserved_gb']:9.2f}         -" in shown
+
+
 def test_a_reward_step_three_ways(tmp_path):
     figures, shown = run("reward_step.py", tmp_path / "out.json", "--quick")
     assert figures.keys() == {"ratio_vs_pairs", "ratio_vs_separate", "token_ratio", "seconds"}

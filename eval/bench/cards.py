@@ -13,6 +13,7 @@ is what torch took from the card (`PYTORCH_CUDA_ALLOC_CONF=expandable_segments:T
 
 import argparse
 import json
+import re
 import runpy
 import sys
 import tempfile
@@ -42,6 +43,7 @@ CARDS: dict[str, tuple[float, tuple[int, ...], dict[str, Any]]] = {
     "qwen2.5_7b_12gb": (12, (152064, 3584, 18944, 28, 28, 4), {"attention_bias": True, "tie_word_embeddings": False}),
     "tiny": (1, (4096, 64, 128, 2, 2, 1), {}),  # for a test of this script
 }
+COLUMNS = ("predicted", "reserved", "used")
 CONTEXT = 0.63  # GB that the planner leaves to CUDA
 TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' <eos> ' }}{% endfor %}"
@@ -108,34 +110,38 @@ def arguments(folder: Path, card: str, stage: str) -> list[str]:
 
 
 def run(setting: dict[str, Any]) -> dict[str, Any]:
-    """One recipe in this process, on a part of the GPU."""
-    if torch.cuda.is_available():
+    """One recipe in this process, on a part of the GPU: GB, seconds, and what it said if it failed."""
+    gpu = torch.cuda.is_available()
+    if gpu:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, (setting["card"] - CONTEXT) * 1e9 / total))
     sys.path.insert(0, str(RECIPES))
-    script, said, started = str(RECIPES / f"{setting['stage']}.py"), StringIO(), time.perf_counter()
+    script, said, error = str(RECIPES / f"{setting['stage']}.py"), StringIO(), ""
     sys.argv = [script, *setting["words"]]
-    out = {"error": ""}
+    started = time.perf_counter()
     with redirect_stderr(said):
         try:
             runpy.run_path(script, run_name="__main__")
-        except BaseException as error:  # what a card does to a recipe is what is measured
-            out["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    if torch.cuda.is_available():
-        out["reserved"], out["used"] = torch.cuda.max_memory_reserved() / 1e9, torch.cuda.max_memory_allocated() / 1e9
-        free, total = torch.cuda.mem_get_info()
-        out["context"] = (total - free - torch.cuda.memory_reserved()) / 1e9  # of all processes on this GPU
-    lines = [line for line in said.getvalue().splitlines() if "memory" in line]
-    return {**out, "seconds": time.perf_counter() - started, "said": lines, "stderr": said.getvalue()[-4000:]}
+        except (Exception, SystemExit) as problem:  # what a card does to a recipe is what is measured
+            error = f"{said.getvalue()[-2000:]}\n{type(problem).__name__}: {problem}"
+    # The recipe's own words
+    peak = re.search(r"memory: peak ([\d.]+) GB, ([\d.]+) GB predicted", said.getvalue())
+    reserved, predicted = map(float, peak.groups()) if peak else (None, None)
+    used = torch.cuda.max_memory_allocated() / 1e9 if gpu else None
+    return {
+        **{"predicted_gb": predicted, "reserved_gb": reserved, "used_gb": used},
+        **{"seconds": time.perf_counter() - started, "error": error},
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cards", nargs="*", choices=[*CARDS, []], help="folders of recipes/configs")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="each needs those before")
     parser.add_argument("--json", help="file for the table")
     args = parser.parse_args()
     found = []
-    print(f"{'card':<18} {'stage':<8} {'predicted':>9} {'reserved':>9} {'used':>7}   GB")
+    print(f"{'card':<18} {'stage':<8} " + " ".join(f"{name:>9}" for name in COLUMNS) + "   GB", flush=True)
     for card in args.cards or [card for card in CARDS if card != "tiny"]:
         size, sizes, options = CARDS[card]
         config = LlamaConfig(**{"tie_word_embeddings": True, **dict(zip(SIZES, sizes, strict=True)), **options})
@@ -144,21 +150,19 @@ def main() -> None:
             make_base(folder / "base", config)
             torch.cuda.empty_cache()
             make_rows(folder, PreTrainedTokenizerFast.from_pretrained(folder / "base"), rows=128)
-            for stage in STAGES:
+            for stage in args.stages:
                 words = arguments(folder, card, stage)
                 file = folder / "setting.json"
                 file.write_text(json.dumps({"card": size, "stage": stage, "words": words}), encoding="utf-8")
                 got = side(__file__, "--side", file, PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True")
                 found.append({"card": card, "stage": stage, **got})
-                predicted = [line.split(", ")[1].split()[0] for line in got["said"] if "peak" in line]
+                shown = ["-" if got[f"{name}_gb"] is None else f"{got[f'{name}_gb']:.2f}" for name in COLUMNS]
                 print(
-                    f"{card:<18} {stage:<8} {''.join(predicted):>9} {got.get('reserved', 0):9.2f} "
-                    f"{got.get('used', 0):7.2f}   {got['seconds']:.0f} s {got['error']}",
+                    f"{card:<18} {stage:<8} " + " ".join(f"{x:>9}" for x in shown) + f"   {got['seconds']:.0f} s",
                     flush=True,
                 )
                 if got["error"]:
-                    print(got["stderr"], flush=True)
-                    break
+                    raise SystemExit(got["error"])
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
