@@ -33,10 +33,10 @@ __all__ = [
     "get_callable_name",
     "get_config_model_id",
     "is_async_callable",
+    "kernels_of_a_gpu",
     "lm_head_tiles",
     "precision",
     "preserved_rng",
-    "kernels_of_a_gpu",
 ]
 
 # (class, method): overridden in our subclass, or called although it is private

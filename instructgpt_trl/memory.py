@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 from peft import PeftConfig, get_peft_model
-from peft.helpers import disable_input_dtype_casting
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -80,8 +80,8 @@ class Load:
     cuda: bool = False
 
 
-# Beside tensors, in bytes: what CUDA and cuBLAS take (0.72 GB on an H100), and what a process on a CPU grows by from
-# its imports on (eval/bench/README.md)
+# Beside tensors, in bytes: what CUDA and cuBLAS take (0.72 GB on an H100, and it grows with a GPU's processors), and
+# what a process on a CPU grows by from its imports on (eval/bench/README.md)
 CUDA_CONTEXT = 600 * 2**20
 CPU_CONTEXT = {"sft": 30 * 2**20, "reward": 30 * 2**20, "ppo_ptx": 56 * 2**20}
 
@@ -286,7 +286,7 @@ class _Product(torch.autograd.Function):
 
 
 def _as_int8(x: torch.Tensor) -> torch.Tensor:
-    _ = x.abs() >= 6  # outliers
+    _ = x.abs() >= 6  # how it finds outliers; here for the bytes
     return x.new_empty(x.shape, dtype=torch.int8)
 
 
@@ -302,13 +302,12 @@ def _passes(network: nn.Module, model: PreTrainedModel, load: Load) -> dict[str,
     network.train()
     if load.stage == "ppo_ptx":
         disable_dropout(network)
-    # PEFT's layers on a quantised base convert nothing for their adapter under a GPU's mixed precision
-    as_they_come = load.cuda and load.bits is not None and load.compute != torch.float32
-    with (
-        FakeTensorMode(),
-        kernels_of_a_gpu() if load.cuda else nullcontext(),
-        disable_input_dtype_casting(network, as_they_come),
-    ):
+    if load.cuda and load.compute != torch.float32:
+        for layer in network.modules():
+            if isinstance(layer, BaseTunerLayer) and isinstance(layer.get_base_layer(), _Packed):
+                # PEFT's layers for bitsandbytes leave this to a GPU's mixed precision
+                layer.cast_input_dtype_enabled = False
+    with FakeTensorMode(), kernels_of_a_gpu() if load.cuda else nullcontext():
         role = _role(network, model, load)
         batch = _episodes(load.rows, load.prompt, load.completion)
         if load.stage == "reward":

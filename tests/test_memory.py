@@ -3,6 +3,7 @@
 import copy
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 from ppo_helpers import config, lora, save_reward_model
 from torch import nn
-from transformers import Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config
 
 from instructgpt_trl import PPOTrainer, memory
 from instructgpt_trl._trl import kernels_of_a_gpu
@@ -41,9 +42,8 @@ def test_traced_peak_is_what_is_alive_at_once():
     assert traced_peak(run) == 8100
 
 
-def real_training_peak(model: nn.Module, load: Load, method) -> int:
+def real_training_peak(role: Role, load: Load, method) -> int:
     """Bytes of a pass on real tensors, one row of it padded, behind a first one that made the gradients."""
-    role = Role(model, "default" if load.lora is not None else None, nn.Linear(SHAPE["hidden"], 1))
     batch = memory._episodes(load.rows, load.prompt, load.completion)
     batch["completion_lengths"][0] -= 1
     batch["mask"][0, -1] = False
@@ -72,9 +72,59 @@ def test_passes_without_data_take_what_real_ones_take(stage, adapters, checkpoin
         "reward": [memory._scores],
         "ppo_ptx": [lambda role, batch: role.values(batch)[0], lambda role, batch: role.logprobs(batch)[0]],
     }[stage]
-    expected = max(real_training_peak(network, load, method) for method in methods)
+    role = Role(network, "default" if load.lora is not None else None, nn.Linear(SHAPE["hidden"], 1))
+    expected = max(real_training_peak(role, load, method) for method in methods)
     parts = predict(settings, load)
     assert parts["activations"] + parts["logits chunk"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> str:
+    """A folder of a model that is wide enough to be quantised."""
+    pytest.importorskip("bitsandbytes")
+    path = str(tmp_path_factory.mktemp("packed"))
+    make_llama(hidden=64, num_hidden_layers=4).save_pretrained(path)
+    return path
+
+
+def quantised_peak(path: str, load: Load) -> int:
+    """Bytes of a value model's pass in which bitsandbytes and PEFT work on real tensors."""
+    options = {4: dict(load_in_4bit=True, bnb_4bit_compute_dtype=load.dtype), 8: dict(load_in_8bit=True)}[load.bits]
+    quantization = BitsAndBytesConfig(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, **options)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=load.dtype, quantization_config=quantization)
+    network = get_peft_model(model, load.lora)
+    if load.checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        network.enable_input_require_grads()
+    autocast = nullcontext if load.compute == torch.float32 else partial(torch.autocast, "cpu", load.compute)
+    role = Role(network.train(), "default", nn.Linear(64, 1), autocast)
+    return real_training_peak(role, load, lambda role, batch: role.values(batch)[0])
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_passes_without_data_take_what_bitsandbytes_takes(packed, bits, checkpointing):
+    shape = lora(target_modules="all-linear", task_type="CAUSAL_LM")
+    load = replace(LOAD, bits=bits, lora=shape, checkpointing=checkpointing, sampled=0, ptx_length=0)
+    found = predict(AutoConfig.from_pretrained(packed), load)["activations"]
+    assert found == pytest.approx(quantised_peak(packed, load), rel=1e-3)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_under_a_gpus_mixed_precision_adapters_of_4_bits_take_what_peft_takes(packed, checkpointing):
+    """Which looks at a flag of CUDA's that can be set without any; operations are a CPU's."""
+    shape = lora(target_modules="all-linear", task_type="CAUSAL_LM")
+    load = replace(LOAD, bits=4, lora=shape, checkpointing=checkpointing, sampled=0, ptx_length=0, rows=16)
+    load = replace(load, dtype=torch.bfloat16, compute=torch.bfloat16, cuda=True)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        measured = quantised_peak(packed, load)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    settings = AutoConfig.from_pretrained(packed)
+    assert predict(settings, load)["activations"] == pytest.approx(measured, rel=0.02)
+    converted = predict(settings, replace(load, cuda=False))["activations"]
+    assert converted > 1.05 * measured
 
 
 @pytest.mark.parametrize("on_a_gpu, bytes_an_element", [(True, 4 + 1), (False, 4 + 4)])

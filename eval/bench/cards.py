@@ -6,8 +6,8 @@ predicted and measured.
     python eval/bench/cards.py qwen2.5_0.5b_4gb --json out.json
 
 Models have these shapes and random weights, prompts 512 and completions 256 tokens, ptx blocks 768; nothing is
-downloaded. Each recipe runs in a process of its own that is not given more memory than the card has, so that what does
-not fit fails here too. Predicted and measured are without CUDA's own memory, which differs between cards: `reserved`
+downloaded. Each recipe runs in a process of its own, in which torch gets what the card has less what the planner
+leaves to CUDA, so that what does not fit fails here too. All three figures are without CUDA's own memory: `reserved`
 is what torch took from the card (`PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True`), `used` what tensors took of it.
 """
 
@@ -30,6 +30,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from yaml import safe_load
 
+from instructgpt_trl.memory import CUDA_CONTEXT
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 PROMPT, COMPLETION, K = 512, 256, 9
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
@@ -44,7 +46,7 @@ CARDS: dict[str, tuple[float, tuple[int, ...], dict[str, Any]]] = {
     "tiny": (1, (4096, 64, 128, 2, 2, 1), {}),  # for a test of this script
 }
 COLUMNS = ("predicted", "reserved", "used")
-CONTEXT = 0.63  # GB that the planner leaves to CUDA
+CONTEXT = CUDA_CONTEXT / 1e9  # GB that the planner leaves to CUDA
 TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' <eos> ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
@@ -162,9 +164,11 @@ def main() -> None:
                     flush=True,
                 )
                 if got["error"]:
-                    raise SystemExit(got["error"])
+                    break  # the stages behind it need what it writes
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if failed := [row for row in found if row["error"]]:
+        raise SystemExit("\n".join(f"{row['card']}, {row['stage']}: {row['error']}" for row in failed))
 
 
 if __name__ == "__main__":

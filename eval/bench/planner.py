@@ -39,6 +39,7 @@ SHAPES = {
 }
 K = 4  # completions of a prompt in the reward model's rows
 KINDS = {"LoRA": (False, None), "all weights": (True, None), "LoRA, 4-bit": (False, 4), "LoRA, 8-bit": (False, 8)}
+DEFAULT_KINDS = ["LoRA", "all weights", "LoRA, 4-bit"]
 
 
 def load_of(setting: dict) -> Load:
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("--completion", type=int, default=16, help="tokens; sampling in 4 bits is slow on a CPU")
     parser.add_argument("--rollout", type=int, help="completions sampled at a time; without, a batch")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights and passes")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS)[:3], help="what is trained")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=DEFAULT_KINDS, help="what is trained")
     parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=["30M", "70M", "135M"])
     parser.add_argument("--stage", choices=STAGES, default="ppo_ptx")
     parser.add_argument("--keep_freed", action="store_true", help="an allocator that keeps what was freed")
