@@ -94,8 +94,8 @@ def make_rows(folder: Path, tokenizer: Any, rows: int) -> None:
 
 def arguments(folder: Path, card: str, stage: str) -> list[str]:
     """
-    A recipe's words: those of the folder's README, but two steps of two or more passes; in PPO of one rollout, which
-    is as large as the completions that are sampled at a time.
+    A recipe's words: those of the folder's README, but two steps of two or more passes; in PPO each of a rollout, which
+    is as large as the completions that are sampled at a time. The second one finds optimizer states.
     """
     files = [str(folder / word) if not word.startswith("--") else word for word in STAGES[stage]]
     model = folder / ("base" if stage == "sft" else "sft")
@@ -105,8 +105,8 @@ def arguments(folder: Path, card: str, stage: str) -> list[str]:
         words = ["--config", str(file), *words]
         if stage == "ppo_ptx":
             yaml = safe_load(file.read_text(encoding="utf-8"))
-            passes = ceil(yaml["generation_micro_batch_size"] / yaml["per_device_train_batch_size"] / 2)
-            words += ["--steps_per_generation", str(2 * passes)]
+            passes = ceil(yaml["generation_micro_batch_size"] / yaml["per_device_train_batch_size"])
+            words += ["--steps_per_generation", str(passes)]
     words += ["--gradient_accumulation_steps", str(passes), "--max_steps", "2", "--logging_steps", "1"]
     return [*words, "--report_to", "none", "--save_strategy", "no"]
 
