@@ -94,8 +94,8 @@ def make_rows(folder: Path, tokenizer: Any, rows: int) -> None:
 
 def arguments(folder: Path, card: str, stage: str) -> list[str]:
     """
-    A recipe's words: those of the folder's README, but two steps of two or more passes; in PPO each of a rollout, which
-    is as large as the completions that are sampled at a time. The second one finds optimizer states.
+    A recipe's words: those of the folder's README, but two steps of two or more passes; in PPO each of a rollout, as
+    large as the completions that are sampled at a time. The second one finds optimizer states.
     """
     files = [str(folder / word) if not word.startswith("--") else word for word in STAGES[stage]]
     model = folder / ("base" if stage == "sft" else "sft")
