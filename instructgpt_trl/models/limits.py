@@ -26,8 +26,8 @@ def freed_memory_given_back(interval: float = 0.1) -> Iterator[None]:
     128 KiB and more to the system when they are freed, and what it kept before. It looks every `interval` seconds.
 
     As soon as large tensors come and go, glibc keeps blocks of up to 32 MiB for itself instead, full of holes: a PPO
-    update of a 135M model (LoRA, 16 x 192 tokens, gradient checkpointing) took 7.1 GB then and 81 s, and 1.7 GB and
-    130 s without, since all memory is new each time. So it is done when it is needed, for the whole process, and
+    update of a 135M model (LoRA, 16 x 192 tokens, gradient checkpointing) took 7.2 GB then and 67 s, and 1.7 GB and
+    127 s without, since all memory is new each time. So it is done when it is needed, for the whole process, and
     stays. Elsewhere than under Linux with glibc nothing happens.
 
     Source: mallopt(3), M_MMAP_THRESHOLD, and its dynamic adjustment; malloc_trim(3).
