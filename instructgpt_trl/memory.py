@@ -80,8 +80,8 @@ class Load:
     cuda: bool = False
 
 
-# Beside tensors, in bytes: what CUDA and cuBLAS take (0.72 GB on an H100, and it grows with a GPU's processors), and
-# what a process on a CPU grows by from its imports on (eval/bench/README.md)
+# Beside tensors, in bytes: what CUDA and cuBLAS are taken to need (on an H100 it was 0.72 GB), and what a process on a
+# CPU grows by from its imports on (eval/bench/README.md)
 CUDA_CONTEXT = 600 * 2**20
 CPU_CONTEXT = {"sft": 30 * 2**20, "reward": 30 * 2**20, "ppo_ptx": 56 * 2**20}
 

@@ -90,6 +90,17 @@ def folders(base_dir, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def wide(tmp_path_factory):
+    """As `folders`, with rows of 64, bitsandbytes' smallest block."""
+    from ppo_helpers import Folders
+
+    path = tmp_path_factory.mktemp("wide")
+    make_llama(hidden=64).save_pretrained(path / "base")
+    make_tokenizer().save_pretrained(path / "base")
+    return Folders(str(path / "base"), path)
+
+
+@pytest.fixture(scope="session")
 def base_dir(tmp_path_factory) -> str:
     """Folder of a tiny Llama and its tokenizer, as `from_pretrained` reads it."""
     path = str(tmp_path_factory.mktemp("base"))

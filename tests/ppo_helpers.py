@@ -6,7 +6,12 @@ from pathlib import Path
 import torch
 from conftest import make_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    TrainerCallback,
+)
 from trl import RLOOTrainer
 
 from instructgpt_trl import PPOConfig, PPOTrainer
@@ -17,6 +22,11 @@ LLAMA_TARGETS, GPT2_TARGETS = ["q_proj", "v_proj"], ["c_attn"]
 
 def lora(**settings) -> LoraConfig:
     return LoraConfig(**{**dict(r=2, lora_alpha=4, target_modules=LLAMA_TARGETS), **settings})
+
+
+def nf4(compute: torch.dtype = torch.float32) -> BitsAndBytesConfig:
+    options = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)
+    return BitsAndBytesConfig(load_in_4bit=True, **options)
 
 
 def config(path, **settings) -> PPOConfig:

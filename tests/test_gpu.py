@@ -14,6 +14,7 @@ from ppo_helpers import (
     config,
     logged,
     lora,
+    nf4,
     record,
     save_reward_model,
     store_completions,
@@ -31,20 +32,6 @@ pytestmark = pytest.mark.skipif(
 )
 FLOAT32 = dict(bf16=False, fp16=False)
 SET_UPS = pytest.mark.parametrize("policy, reward", [("sft", "adapter"), ("fresh", "full"), ("full", "full")])
-
-
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory) -> Folders:
-    """As `folders`, wide enough to be quantised and for a GPU's kernels."""
-    path = tmp_path_factory.mktemp("wide")
-    make_llama(hidden=64).save_pretrained(path / "base")
-    make_tokenizer().save_pretrained(path / "base")
-    return Folders(str(path / "base"), path)
-
-
-def nf4(compute: torch.dtype) -> BitsAndBytesConfig:
-    options = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)
-    return BitsAndBytesConfig(load_in_4bit=True, **options)
 
 
 def on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer
+from conftest import make_tokenizer
 from datasets import Dataset
 from ppo_helpers import (
-    Folders,
     assert_close,
     assert_equal,
     config,
     logged,
     lora,
+    nf4,
     record,
     store_completions,
     trainer_of,
@@ -41,25 +41,6 @@ SMALL = dict(
     disable_tqdm=True,
     use_cpu=True,
 )
-
-
-def nf4(**settings) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-        **settings,
-    )
-
-
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory) -> Folders:
-    """A base with rows of 64, bitsandbytes' smallest block."""
-    path = tmp_path_factory.mktemp("wide")
-    make_llama(hidden=64).save_pretrained(path / "base")
-    make_tokenizer().save_pretrained(path / "base")
-    return Folders(str(path / "base"), path)
 
 
 def ppo(wide, tmp_path, prompts, reward="adapter", **settings) -> PPOTrainer:
