@@ -29,7 +29,7 @@ from .models.roles import Role, adapter_parameters, disable_dropout
 from .models.sharing import why_not_by_config
 from .peak_memory import traced_peak
 
-__all__ = ["PARTS", "STAGES", "Load", "largest", "peak", "predict", "predict_sampling", "shortened"]
+__all__ = ["CUDA_CONTEXT", "PARTS", "STAGES", "Load", "largest", "peak", "predict", "predict_sampling", "shortened"]
 
 STAGES = ("sft", "reward", "ppo_ptx")
 PARTS = ("base", "adapters and heads", "gradients", "optimizer", "activations", "logits chunk", "sampling", "context")

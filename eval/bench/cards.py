@@ -30,6 +30,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from yaml import safe_load
 
+from instructgpt_trl.memory import CUDA_CONTEXT
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 PROMPT, COMPLETION, K = 512, 256, 9
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
@@ -44,7 +46,7 @@ CARDS: dict[str, tuple[float, tuple[int, ...], dict[str, Any]]] = {
     "tiny": (1, (4096, 64, 128, 2, 2, 1), {}),  # for a test of this script
 }
 COLUMNS = ("predicted", "reserved", "used")
-CONTEXT = 0.63  # GB that the planner leaves to CUDA
+CONTEXT = CUDA_CONTEXT / 1e9  # GB that the planner leaves to CUDA
 TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' <eos> ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
