@@ -15,7 +15,6 @@ from functools import partial
 
 import torch
 from peft import PeftConfig, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -24,6 +23,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, P
 from ._trl import add_fused_lm_head, kernels_of_a_gpu
 from .data.episodes import Episodes, attention_mask
 from .data.sharing import share_prompts, shared_attention_mask
+from .models.lora import fuse_lora
 from .models.reward_network import last_token_scores
 from .models.roles import Role, adapter_parameters, disable_dropout
 from .models.sharing import why_not_by_config
@@ -231,6 +231,7 @@ def _build(config: PreTrainedConfig, load: Load) -> tuple[nn.Module, PreTrainedM
         if load.lora is not None:
             for parameter in adapter_parameters(network, "default").values():
                 parameter.data = parameter.data.float()
+            fuse_lora(network)
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     return network, model
 
@@ -302,11 +303,6 @@ def _passes(network: nn.Module, model: PreTrainedModel, load: Load) -> dict[str,
     network.train()
     if load.stage == "ppo_ptx":
         disable_dropout(network)
-    if load.cuda and load.compute != torch.float32:
-        for layer in network.modules():
-            if isinstance(layer, BaseTunerLayer) and isinstance(layer.get_base_layer(), _Packed):
-                # PEFT's layers for bitsandbytes leave this to a GPU's mixed precision
-                layer.cast_input_dtype_enabled = False
     with FakeTensorMode(), kernels_of_a_gpu() if load.cuda else nullcontext():
         role = _role(network, model, load)
         batch = _episodes(load.rows, load.prompt, load.completion)

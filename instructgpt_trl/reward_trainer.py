@@ -21,6 +21,7 @@ from .functional import _untied_pairs, ranking_loss
 from .models.guards import stop_unless_finite
 from .models.limits import freed_memory_given_back
 from .models.loading import float32_adapters, is_adapter, keep_gradients, load_tokenizer
+from .models.lora import fuse_lora
 from .models.reward_folder import forget_reward_config, read_reward_config
 from .models.reward_model import RewardModel
 from .models.reward_network import adapter_base, head_of, load_reward_network, pool_by_length, scalar_config
@@ -133,6 +134,7 @@ class RewardTrainer(trl.RewardTrainer):
                     peft_config=scalar_config(peft_config) if isinstance(peft_config, PeftConfig) else peft_config,
                 )
         keep_gradients(self.model)
+        fuse_lora(self.model)
         _keep_float32(self.model, head)
         if not all(parameter.requires_grad for parameter in head_of(self.model).parameters()):
             raise InputError(

@@ -38,6 +38,7 @@ from .models.dropout import residual_dropout, residual_places
 from .models.guards import stop_unless_finite
 from .models.limits import freed_memory_given_back
 from .models.loading import context_length, float32_adapters, is_adapter, keep_gradients, load_policy
+from .models.lora import fuse_lora
 from .sft_config import SFTConfig
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ class SFTTrainer(trl.SFTTrainer):
             with float32_adapters(self.model):  # the parent casts a new adapter to bfloat16: back to float32
                 pass
         keep_gradients(self.model)
+        fuse_lora(self.model)
         if args.residual_dropout:
             residual_places(self.model)  # refuse an unknown architecture now, not in `train`
         if hasattr(self.reward_model, "score_ids"):  # takes this tokenizer's ids

@@ -15,6 +15,7 @@ from ..data import InputError, check_output_dir, encode_completion, encode_promp
 from ..data.formats import Text
 from ..data.rankings import DataCollatorForRanking
 from .loading import is_adapter, load_tokenizer
+from .lora import fuse_lora
 from .reward_folder import (
     forget_reward_config,
     quantization_for,
@@ -53,6 +54,7 @@ class RewardModel:
         calibrated: bool = False,
     ):
         pool_by_length(model)
+        fuse_lora(model)
         self.model = model
         self.tokenizer = tokenizer
         self.bias = float(bias)

@@ -32,6 +32,7 @@ from ..data.episodes import (
     take_rows,
 )
 from .loading import holds_weights_of, keep_gradients, same_base
+from .lora import fuse_lora
 from .reward_parts import RewardParts
 
 logger = logging.get_logger(__name__)
@@ -224,6 +225,7 @@ def build_roles(
     roles = Roles(policy_role, reference, reward_roles, value)
     for role in roles:
         keep_gradients(role.network)
+        fuse_lora(role.network)
         role.train(role is policy_role or role is value)
     if peft:
         policy.set_adapter("default")

@@ -1,0 +1,132 @@
+"""Fused adapters against PEFT's own: the same numbers, the same weights when merged, nothing else changed."""
+
+import copy
+
+import pytest
+import torch
+from conftest import make_llama
+from peft import LoraConfig, get_peft_model
+from ppo_helpers import lora, nf4, randomise
+from transformers import AutoModelForCausalLM
+
+from instructgpt_trl.models.lora import FusedLora, fuse_lora
+
+IDS = torch.arange(3, 27).view(2, 12)
+
+
+def pair(dtype=torch.float32, **settings):
+    """A network with the random adapters `default` and `other`, and a fused copy."""
+    settings = {"target_modules": "all-linear", "lora_alpha": 6, "r": 4, **settings}
+    network = get_peft_model(make_llama(hidden=32).to(dtype), LoraConfig(**settings))
+    network.add_adapter("other", LoraConfig(**settings))
+    randomise(network, 1.0)
+    for name, parameter in network.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    fused = copy.deepcopy(network)
+    fuse_lora(fused)
+    return network, fused
+
+
+def fused_layers(network) -> list:
+    return [m for m in network.modules() if isinstance(getattr(m, "lora_variant", {}).get("default"), FusedLora)]
+
+
+def logits_and_gradients(network, **context):
+    torch.manual_seed(0)
+    network.zero_grad()
+    with torch.autocast("cpu", **(context or {"enabled": False})):
+        logits = network(IDS).logits
+    logits.float().pow(2).mean().backward()
+    return logits.detach(), {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("adapter", ["default", "other"])
+def test_equals_peft_in_float32(adapter):
+    network, fused = pair(lora_dropout=0.25)
+    for one in (network, fused):
+        one.set_adapter(adapter)
+    assert len(fused_layers(fused)) == 14
+    expected, gradients = logits_and_gradients(network)
+    logits, own = logits_and_gradients(fused)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert own.keys() == gradients.keys() and len(own) == 28
+    for name in own:
+        torch.testing.assert_close(own[name], gradients[name], rtol=1e-4, atol=1e-6)
+    with fused.disable_adapter(), network.disable_adapter():
+        assert torch.equal(fused(IDS).logits, network(IDS).logits)
+
+
+@pytest.mark.parametrize("context", [{}, {"dtype": torch.bfloat16}])
+def test_bfloat16_is_no_further_from_float32_than_peft_is(context):
+    """With mixed precision and without, on a bfloat16 base; types of outputs and gradients are PEFT's."""
+    network, fused = pair(torch.bfloat16)
+    exact, gradients = logits_and_gradients(copy.deepcopy(network).float())
+    expected, theirs = logits_and_gradients(network, **context)
+    logits, own = logits_and_gradients(fused, **context)
+    assert logits.dtype == expected.dtype
+    assert (logits - exact).norm() <= 1.1 * (expected - exact).norm()
+    assert {n: g.dtype for n, g in own.items()} == {n: g.dtype for n, g in theirs.items()}
+    off, others = (
+        torch.stack([(found[n] - gradients[n]).norm() for n in gradients]).norm() for found in (own, theirs)
+    )
+    assert off <= 1.1 * others
+
+
+def test_nothing_is_copied_into_float32_under_autocast():
+    _, fused = pair(torch.bfloat16)
+    seen = []
+    for layer in fused_layers(fused):
+        layer.lora_dropout["default"].register_forward_hook(lambda module, args, out: seen.append(args[0].dtype))
+    logits_and_gradients(fused, dtype=torch.bfloat16)
+    assert len(seen) == 14 and set(seen) == {torch.bfloat16}
+
+
+def test_merged_and_unmerged_as_peft_does():
+    network, fused = pair()
+    before = {name: parameter.detach().clone() for name, parameter in fused.named_parameters()}
+    for safe in (False, True):
+        fused.merge_adapter(safe_merge=safe)
+        expected = copy.deepcopy(network)
+        expected.merge_adapter(safe_merge=safe)
+        for one, other in zip(fused.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+        fused.unmerge_adapter()
+    for name, parameter in fused.named_parameters():
+        torch.testing.assert_close(parameter, before[name], rtol=1e-5, atol=1e-5)
+    own, theirs = fused.merge_and_unload().state_dict(), network.merge_and_unload().state_dict()
+    assert own.keys() == theirs.keys()
+    for name in own:
+        torch.testing.assert_close(own[name], theirs[name], rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_saved_is_peft_own(tmp_path):
+    network, fused = pair()
+    for one, name in ((network, "theirs"), (fused, "ours")):
+        one.save_pretrained(tmp_path / name)
+    for file in ("adapter_model.safetensors", "other/adapter_model.safetensors"):
+        assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "theirs" / file).read_bytes()
+
+
+def test_other_kinds_of_adapters_stay_as_they_are():
+    for settings in ({"use_dora": True}, {"target_modules": ["embed_tokens"]}):
+        network, fused = pair(**settings)
+        assert fused_layers(fused) == []
+        assert torch.equal(fused(IDS).logits, network(IDS).logits)
+        assert all(getattr(m, "cast_input_dtype_enabled", True) for m in fused.modules())
+
+
+def test_on_four_bits_as_peft(wide):
+    pytest.importorskip("bitsandbytes")
+    base = AutoModelForCausalLM.from_pretrained(wide.base, quantization_config=nf4(torch.float32))
+    network = get_peft_model(base, lora(task_type="CAUSAL_LM", target_modules="all-linear"))
+    randomise(network, 1.0)
+    for parameter in network.parameters():
+        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    expected, gradients = logits_and_gradients(network.train())
+    fuse_lora(network)
+    assert len(fused_layers(network)) == 14
+    logits, own = logits_and_gradients(network)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    for name in gradients:
+        torch.testing.assert_close(own[name], gradients[name], rtol=1e-3, atol=1e-5)
