@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, P
 from ._trl import add_fused_lm_head, kernels_of_a_gpu
 from .data.episodes import Episodes, attention_mask
 from .data.sharing import share_prompts, shared_attention_mask
-from .models.lora import fuse_lora
+from .models.lora import fuse_lora, mergeable
 from .models.reward_network import last_token_scores
 from .models.roles import Role, adapter_parameters, disable_dropout
 from .models.sharing import why_not_by_config
@@ -46,7 +46,8 @@ class Load:
         prompt, completion (`int`): tokens of the longest sequence.
         shared (`int`): completions that stand behind one copy of their prompt ("reward"), where the architecture can
             do that; 1 for sequences of their own.
-        sampled (`int`): completions sampled at a time ("ppo_ptx").
+        sampled (`int`): completions sampled at a time ("ppo_ptx"). No more than `rows` of them are taken for a whole
+            rollout, of which PPO keeps two graphs where it gives memory for time.
         ptx_length (`int`): tokens of a pretraining example ("ppo_ptx"); 0 without.
         lora (`PeftConfig`, *optional*): shape of the adapters, and their dropout, which PPO turns off; without, all
             weights are trained.
@@ -78,6 +79,11 @@ class Load:
     ema: bool = True
     reward_base: bool = False
     cuda: bool = False
+
+    @property
+    def spends_memory(self) -> bool:
+        """Whether PPO gives memory for time."""
+        return not self.checkpointing and not self.cuda
 
 
 # Beside tensors, in bytes: what CUDA and cuBLAS are taken to need (on an H100 it was 0.72 GB), and what a process on a
@@ -323,7 +329,9 @@ def _passes(network: nn.Module, model: PreTrainedModel, load: Load) -> dict[str,
         if load.ptx_length:
             batches.append(_episodes(load.rows, 1, load.ptx_length - 1))
         whole = max(_training_peak(role, partial(_logprobs, role, some)) for some in batches)
-        return {"activations": backbone, "whole": whole}
+        # The value model's graph waits for its turn
+        kept = backbone if load.spends_memory and 0 < load.sampled <= load.rows else 0
+        return {"activations": kept + backbone, "whole": kept + whole}
 
 
 def _logprobs(role: Role, batch: Episodes) -> torch.Tensor:
@@ -352,7 +360,10 @@ def _sampling(config: PreTrainedConfig, load: Load) -> dict[str, int]:
             _decode(model, first := new(), rows, tokens=1)
             reading = traced_peak(lambda: _decode(model, new(), rows, load.prompt))
             decoding = traced_peak(lambda: _decode(model, _filled(new(), first, full - 1), rows, 1, full - 1))
-    return {"reading": reading, "decoding": decoding}
+        copies = 0
+        if load.spends_memory:
+            copies = sum(_size(layer.get_base_layer()) for layer in mergeable(network, role.adapter))
+    return {"reading": copies + reading, "decoding": copies + decoding}
 
 
 def _decode(model: PreTrainedModel, cache: DynamicCache, rows: int, tokens: int, before: int = 0) -> None:

@@ -6,7 +6,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import logging
 from trl import RLOOTrainer
 
-from ._trl import add_fused_lm_head, get_config_model_id, preserved_rng
+from ._trl import add_fused_lm_head, get_config_model_id, preserved_rng, sampled_by_cdf
 from .data import InputError, check_output_dir, check_rows, check_tokenizers, encode_prompt
 from .data.completions import CompletionsFile
 from .data.encoding import turn_end
@@ -46,6 +46,7 @@ from .models.loading import (
     load_tokenizer,
     warn_beyond_context,
 )
+from .models.lora import merged_lora
 from .models.reward_parts import reward_parts
 from .models.rewards import ModelReward, all_rewards, finite_reward, is_model
 from .models.roles import (
@@ -309,6 +310,17 @@ class PPOTrainer(RLOOTrainer):
     def _steps_per_update(self) -> int:
         return self.num_iterations * self.args.steps_per_generation // self.args.gradient_accumulation_steps
 
+    @property
+    def _spends_memory(self) -> bool:
+        """Whether memory is given for time: without gradient checkpointing, on a CPU, where it was measured."""
+        return not self.args.gradient_checkpointing and self.accelerator.device.type == "cpu"
+
+    @property
+    def _keeps_two_graphs(self) -> bool:
+        """Whether the value model's graph is kept beside the policy's: where they are those of a whole rollout."""
+        count = self.args.per_device_train_batch_size * self.args.steps_per_generation
+        return self._spends_memory and self._limits["train"].rows >= count
+
     def train(self, *args, **kwargs):
         """As the parent's, from the seed of the config, whatever ran before."""
         set_seed(self.args.seed)
@@ -332,9 +344,9 @@ class PPOTrainer(RLOOTrainer):
         scores, score_parts = self._scores(rows, episodes)
         reference = self.roles.reference
         ref_logprobs = self.run_role(reference, "logprobs", episodes)[0] if reference else None
-        (values,) = self.run_role(self.roles.value, "values", episodes)
-        # Last, since it leaves a graph: of one role at a time. With dropout on, a second pass is another one
-        keep = self.args.disable_dropout
+        keep = self.args.disable_dropout  # with dropout on, a second pass is another one
+        (values,) = self.run_role(self.roles.value, "values", episodes, keep and self._keeps_two_graphs)
+        # Last, since it leaves a graph
         logprobs, entropies = self.run_role(self.roles.policy, "logprobs", episodes, keep)
         ref_logprobs = logprobs if ref_logprobs is None else ref_logprobs
         rewards = token_rewards(scores, logprobs, ref_logprobs, episodes["mask"], self.kl_coef)
@@ -491,7 +503,7 @@ class PPOTrainer(RLOOTrainer):
     def _value_backward(self, batch: Episodes, share: torch.Tensor) -> torch.Tensor:
         old, returns, mask, cliprange = batch["values"], batch["returns"], batch["mask"], self.args.cliprange_value
         with self.roles.value.active():
-            (values,) = self.roles.value.values(batch)
+            (values,) = self.roles.value.take_kept(batch) or self.roles.value.values(batch)
             loss = value_loss(values, old, returns, mask, cliprange) * share
             self.accelerator.backward(self.args.vf_coef * loss)
         values = values.detach()
@@ -561,8 +573,11 @@ class PPOTrainer(RLOOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields) -> list[list[int]]:
         # `generate` fills what the trainer's config leaves open from the model's own, which may cut the distribution
-        with self.roles.policy.active(), _restored(self.roles.policy.model, "generation_config"):
-            self.roles.policy.model.generation_config = GenerationConfig()
+        policy = self.roles.policy
+        # A decoding step is many small products, twice to three times as many with the adapter beside the weights
+        merged = merged_lora(policy.network, policy.adapter) if self._spends_memory else nullcontext()
+        with policy.active(), merged, sampled_by_cdf(), _restored(policy.model, "generation_config"):
+            policy.model.generation_config = GenerationConfig()
             sample = super()._generate_single_turn
             completion_ids = self._limits["generate"].run(
                 lambda rows: [

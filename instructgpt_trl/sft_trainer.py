@@ -81,7 +81,7 @@ class SFTTrainer(trl.SFTTrainer):
 
     Differs from TRL: rows over `max_length` are counted and named; the constructor leaves the caller's random number
     generators alone and `train` seeds; adapters on a quantised base stay float32; without a GPU the LM head works on
-    smaller tiles of the vocabulary, which rounds differently beyond 2,048 words.
+    smaller tiles of the vocabulary, which rounds differently beyond 512 words.
 
     Raises:
         [`InputError`]: a wrong row or argument, before a model is loaded; an architecture that residual dropout is not

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from ppo_helpers import lora, nf4, randomise
 from transformers import AutoModelForCausalLM
 
-from instructgpt_trl.models.lora import FusedLora, fuse_lora
+from instructgpt_trl.models.lora import FusedLora, fuse_lora, mergeable, merged_lora
 
 IDS = torch.arange(3, 27).view(2, 12)
 
@@ -130,3 +130,41 @@ def test_on_four_bits_as_peft(wide):
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     for name in gradients:
         torch.testing.assert_close(own[name], gradients[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_for_sampling_and_put_back_bit_for_bit(dtype):
+    """Inside, the adapter is in the weights; behind it, and behind an error, they are the tensors they were."""
+    _, fused = pair(dtype)
+    weights = [layer.get_base_layer().weight for layer in fused_layers(fused)]
+    tensors, copies = [weight.data for weight in weights], [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        expected = fused(IDS).logits
+        with merged_lora(fused, "default"):
+            assert all(layer.merged for layer in fused_layers(fused))
+            for layer in fused_layers(fused):
+                layer.lora_dropout["default"].forward = None  # no adapter is run
+            logits = fused(IDS).logits
+            for layer in fused_layers(fused):
+                del layer.lora_dropout["default"].forward
+        close = 1e-5 if dtype == torch.float32 else 0.05
+        assert (logits - expected).norm() < close * expected.norm()
+        with pytest.raises(RuntimeError, match="out of"), merged_lora(fused, "default"):
+            raise RuntimeError("out of memory")
+        assert torch.equal(fused(IDS).logits, expected)
+    for weight, tensor, copied in zip(weights, tensors, copies, strict=True):
+        assert weight.data_ptr() == tensor.data_ptr() and torch.equal(weight, copied)
+    assert not any(layer.merged for layer in fused_layers(fused))
+
+
+def test_what_is_not_merged(wide):
+    """Packed weights, other kinds of adapters, embeddings and heads that are one tensor, whole models."""
+    base = AutoModelForCausalLM.from_pretrained(wide.base, quantization_config=nf4())
+    packed = get_peft_model(base, lora(task_type="CAUSAL_LM"))
+    tied = get_peft_model(make_llama(), lora(target_modules=["lm_head"], task_type="CAUSAL_LM"))
+    assert tied.get_base_model().config.tie_word_embeddings
+    for network, adapter in ((packed, "default"), (tied, "default"), (pair(use_dora=True)[1], "default")):
+        fuse_lora(network)
+        assert mergeable(network, adapter) == []
+    assert mergeable(make_llama(), None) == mergeable(pair()[1], None) == []
+    assert len(mergeable(pair()[1], "other")) == 14

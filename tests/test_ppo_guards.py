@@ -20,6 +20,7 @@ from ppo_helpers import (
 from transformers import AutoModelForCausalLM, GenerationMixin
 
 from instructgpt_trl import PPOConfig, PPOTrainer
+from instructgpt_trl._trl import sampled_by_cdf
 from instructgpt_trl.data import InputError, as_conversations
 from instructgpt_trl.data.episodes import last_token
 
@@ -93,6 +94,25 @@ def test_pitfall_18_samples_follow_the_policy(folders, tmp_path, prompts):
     expected = 3000 * torch.cat([top, 1 - top.sum(0, keepdim=True)])
     assert expected.min() > 20
     assert ((observed - expected) ** 2 / expected).sum() < 35  # 10 degrees of freedom: p = 1e-4
+
+
+def test_numbers_drawn_by_the_sum_of_probabilities():
+    """Of 4,000 rows: chi-squared of three words, none of probability 0; what torch refuses is refused by it."""
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
+    torch.manual_seed(0)
+    multinomial = torch.multinomial
+    with sampled_by_cdf():
+        drawn = torch.multinomial(probabilities.expand(4000, 6), num_samples=1)
+        assert torch.multinomial(probabilities.expand(5, 6), 3).shape == (5, 3)  # more than one is torch's own
+        for wrong in (torch.nan, torch.inf):
+            with pytest.raises(RuntimeError, match="inf"):
+                torch.multinomial(torch.tensor([[0.5, wrong]]), num_samples=1)
+    assert torch.multinomial is multinomial
+    assert drawn.shape == (4000, 1) and drawn.dtype == torch.int64
+    counts = drawn.flatten().bincount(minlength=6).double()
+    assert counts[probabilities == 0].sum() == 0
+    expected = 4000 * probabilities[probabilities > 0]
+    assert ((counts[probabilities > 0] - expected) ** 2 / expected).sum() < 18.4  # 2 degrees of freedom: p = 1e-4
 
 
 def test_every_eos_of_the_model_ends_a_completion(folders, tmp_path, monkeypatch, prompts):

@@ -565,6 +565,28 @@ def test_the_first_pass_of_a_rollout_is_trained_on(
             assert_equal(kept[name], again[name])
 
 
+@SET_UPS
+def test_a_rollout_of_one_pass_is_trained_on_by_both_models_where_memory_is_given_for_time(
+    folders, tmp_path, monkeypatch, prompts, policy, reward
+):
+    """2 updates of 1 pass: the value model's is done once each, with checkpointing twice; gradients bit for bit."""
+    store_completions(monkeypatch)
+    values, runs = Role.values, []
+    for checkpointing in (False, True):
+        passes = []
+        monkeypatch.setattr(Role, "values", lambda role, batch, to=passes: (to.append(role), values(role, batch))[1])
+        settings = dict(per_device_train_batch_size=4, gradient_accumulation_steps=1, steps_per_generation=1)
+        args = config(tmp_path, gradient_checkpointing=checkpointing, learning_rate=0.01, max_steps=2, **settings)
+        trainer = trainer_of(folders, policy, reward, args, prompts)
+        recorder = record(trainer)
+        trainer.train()
+        runs.append(recorder.steps)
+        assert passes == [trainer.roles.value] * (4 if checkpointing else 2)
+    for kept, again in zip(*runs, strict=True):
+        for name in ("policy_grad", "value_grad"):
+            assert_equal(kept[name], again[name])
+
+
 def test_micro_batches_of_one_length_change_no_update(folders, tmp_path, monkeypatch, prompts):
     """Longest first inside a minibatch of four takes fewer positions than the order of the prompts."""
     store_completions(monkeypatch)
