@@ -67,7 +67,10 @@ def test_a_reward_step_three_ways(tmp_path):
 
 def test_ppo_updates_with_and_without_pretraining_gradients(tmp_path):
     figures, shown = run("ppo_update.py", tmp_path / "out.json", "--quick", "--ours_only", "--updates", "2")
-    assert figures.keys() == {"ours_episodes_per_s", "ours_ptx_episodes_per_s", "seconds"}
+    assert figures.keys() == {"ours_episodes_per_s", "ours_ptx_episodes_per_s", "seconds", "parts"}
+    assert figures["parts"]["ours"].keys() | {"pretraining, both"} == figures["parts"]["ours_ptx"].keys()
+    for parts in figures["parts"].values():
+        assert sum(parts.values()) == pytest.approx(1) and 0 < parts["rest"] < 0.5 and len(parts) >= 8
     for name in ("ours", "ours_ptx"):
         (seconds,) = figures["seconds"][name]  # the first of two is left out
         assert figures[f"{name}_episodes_per_s"] == pytest.approx(4 / seconds)

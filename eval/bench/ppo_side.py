@@ -3,7 +3,7 @@ One side of a benchmark, in a process of its own: `python ppo_side.py SETTING.js
 
 A setting names the folders of the models, the sizes of a batch and the side: "ours" or "trl", which are PPO, or "sft"
 or "reward", our other stages. What is written: bytes at the peak beyond the process's size after imports, seconds of
-each update, generated tokens and optimizer steps.
+each update and of parts of them, generated tokens and optimizer steps.
 """
 
 import importlib
@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,25 @@ from instructgpt_trl.peak_memory import PeakMemory
 
 
 class Clock(TrainerCallback):
-    """Seconds of each optimizer step; with one step an update, of each update."""
+    """Seconds of each optimizer step; with one step an update, of each update. And of parts of it, by name."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.parts: dict[str, list[float]] = {}
         self.last = 0.0
+
+    def timed(self, name: str | Callable[..., str], method: Callable[..., Any]) -> Callable[..., Any]:
+        """`method`, whose seconds are those of the part `name`, or `name(*arguments)`."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                part = name if isinstance(name, str) else name(*args)
+                self.parts.setdefault(part, []).append(time.perf_counter() - start)
+
+        return run
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.last = time.perf_counter()
@@ -105,6 +120,17 @@ def ours(setting: dict[str, Any], folder: str, clock: Clock) -> Any:
         quantization_config=quantized(setting),
     )
     trainer.generation_config.eos_token_id, trainer.eos_token_ids = None, [-1]  # full-length completions
+    roles = trainer.roles
+    names = {id(roles.policy): "policy", id(roles.reference): "reference", id(roles.value): "value model"}
+
+    def part(role: Any, method: str, *rest: Any) -> str:
+        return f"{names.get(id(role), 'reward model')}, forward"
+
+    trainer.run_role = clock.timed(part, trainer.run_role)
+    trainer._generate_single_turn = clock.timed("sampling", trainer._generate_single_turn)
+    trainer._policy_backward = clock.timed("policy, backward", trainer._policy_backward)
+    trainer._value_backward = clock.timed("value model, backward", trainer._value_backward)
+    trainer._ptx_backward = clock.timed("pretraining, both", trainer._ptx_backward)
     return trainer
 
 
@@ -216,7 +242,7 @@ def main(setting: dict[str, Any]) -> dict[str, Any]:
         built = memory.bytes
         trainer.train()
         steps = trainer.state.global_step
-    found = {"bytes": memory.bytes, "built": built, "seconds": clock.seconds, "steps": steps}
+    found = {"bytes": memory.bytes, "built": built, "seconds": clock.seconds, "parts": clock.parts, "steps": steps}
     return {**found, "generated": sum(generated)}
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import trl
-from bench import SMOLLM2, make_model
+from bench import SMOLLM2, make_model, product_rate
 from datasets import Dataset
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
@@ -111,18 +111,6 @@ def difference(model: PreTrainedModel, other: PreTrainedModel) -> float:
         pairs = [(p.grad.float(), q.grad.float()) for p, q in zip(model.parameters(), other.parameters(), strict=True)]
     apart = sum((p - q).pow(2).sum() for p, q in pairs)
     return (apart / sum(q.pow(2).sum() for _, q in pairs)).sqrt().item()
-
-
-def product_rate(dtype: torch.dtype) -> float:
-    """Operations a second of a matrix product, the fastest of five."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.randn(2048, 2048, device=device).to(dtype)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        (a @ a).sum().item()
-        seconds.append(time.perf_counter() - start)
-    return 2 * 2048**3 / min(seconds)
 
 
 def operations(model: PreTrainedModel, segments: list[tuple[int, int]]) -> float:
