@@ -7,8 +7,8 @@ Episodes a second of PPO updates, ours against TRL 1.12's `PPOTrainer`, in proce
 
 The policy is a LoRA adapter on both sides, EOS does not end a completion, an update is one minibatch and one epoch.
 Ours runs without a pretraining gradient and with one (ratio 1, blocks as long as an episode), TRL has none. First both
-must generate as many tokens and take as many steps. Of each process the first update is left out. `limit` is the rate of
-matrix products measured here, in the same type, and the share is that of the operations which no side can do without.
+must generate as many tokens and take as many steps. Of each process the first update is left out. `limit` is the rate
+of matrix products measured here, in the same type, and the share that of the operations neither can do without.
 """
 
 import argparse
