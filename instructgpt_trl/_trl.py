@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import trl.kernels.chunked_logprob
 import trl.trainer.utils
+from peft.tuners.lora.layer import LoraVariant
 from torch.nn import functional as F
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import (
@@ -26,6 +27,7 @@ from trl.trainer.utils import (
 
 __all__ = [
     "OVERRIDDEN",
+    "LoraVariant",
     "add_fused_lm_head",
     "create_model_from_path",
     "disable_dropout_in_model",
@@ -115,19 +117,20 @@ def lm_head_tiles(device: torch.device) -> Iterator[None]:
 @contextmanager
 def sampled_by_cdf() -> Iterator[None]:
     """
-    Inside, `torch.multinomial` draws one number a row on a CPU where the sum of probabilities passes a uniform one.
+    Inside, `torch.multinomial` draws one number a row of what `softmax` gave where their sum passes a uniform number,
+    on a CPU.
     Otherwise it draws an exponential for every word of the vocabulary: with SmolLM2's 49,152 a fifth of a decoding
     step.
     """
     multinomial = torch.multinomial
 
-    def draw(probabilities: torch.Tensor, num_samples: int) -> torch.Tensor:
-        if num_samples == 1 and probabilities.device.type == "cpu" and probabilities.dim() == 2:
-            sums = probabilities.double().cumsum(-1)
-            if sums[:, -1].isfinite().all():  # else torch says what is wrong
+    def draw(input: torch.Tensor, num_samples: int, *args, **kwargs) -> torch.Tensor:  # torch's own names
+        if (num_samples, input.device.type, input.dim(), args, kwargs) == (1, "cpu", 2, (), {}):
+            sums = input.to(torch.float64, copy=True).cumsum_(-1)
+            if ((sums[:, -1] > 0) & sums[:, -1].isfinite()).all():  # else torch says what is wrong
                 points = torch.rand(len(sums), 1, dtype=sums.dtype) * sums[:, -1:]
                 return torch.searchsorted(sums, points, right=True).clamp_(max=sums.size(1) - 1)
-        return multinomial(probabilities, num_samples)
+        return multinomial(input, num_samples, *args, **kwargs)
 
     torch.multinomial = draw
     try:

@@ -46,8 +46,9 @@ class Load:
         prompt, completion (`int`): tokens of the longest sequence.
         shared (`int`): completions that stand behind one copy of their prompt ("reward"), where the architecture can
             do that; 1 for sequences of their own.
-        sampled (`int`): completions sampled at a time ("ppo_ptx"). No more than `rows` of them are taken for a whole
-            rollout, of which PPO keeps two graphs where it gives memory for time.
+        sampled (`int`): completions sampled at a time ("ppo_ptx").
+        rollout (`int`): episodes of a rollout ("ppo_ptx"). No more than `rows` of them are one pass, of which two
+            graphs are kept where PPO gives memory for time.
         ptx_length (`int`): tokens of a pretraining example ("ppo_ptx"); 0 without.
         lora (`PeftConfig`, *optional*): shape of the adapters, and their dropout, which PPO turns off; without, all
             weights are trained.
@@ -68,6 +69,7 @@ class Load:
     completion: int
     shared: int = 1
     sampled: int = 0
+    rollout: int = 0
     ptx_length: int = 0
     lora: PeftConfig | None = None
     dtype: torch.dtype = torch.float32
@@ -330,7 +332,7 @@ def _passes(network: nn.Module, model: PreTrainedModel, load: Load) -> dict[str,
             batches.append(_episodes(load.rows, 1, load.ptx_length - 1))
         whole = max(_training_peak(role, partial(_logprobs, role, some)) for some in batches)
         # The value model's graph waits for its turn
-        kept = backbone if load.spends_memory and 0 < load.sampled <= load.rows else 0
+        kept = backbone if load.spends_memory and 0 < load.rollout <= load.rows else 0
         return {"activations": kept + backbone, "whole": kept + whole}
 
 
@@ -355,18 +357,31 @@ def _sampling(config: PreTrainedConfig, load: Load) -> dict[str, int]:
         role = _role(network, model, load)
         rows, full = load.sampled, load.prompt + load.completion - 1
         new = partial(DynamicCache, config=model.config)
+        draw = _drawn_on_a_gpu if load.cuda else _drawn_on_a_cpu
         # `generate` is called on the model inside the adapters, past accelerate's mixed precision
         with role.active(), role.autocast() if load.lora is None else nullcontext():
-            _decode(model, first := new(), rows, tokens=1)
-            reading = traced_peak(lambda: _decode(model, new(), rows, load.prompt))
-            decoding = traced_peak(lambda: _decode(model, _filled(new(), first, full - 1), rows, 1, full - 1))
+            _decode(model, first := new(), rows, draw, tokens=1)
+            reading = traced_peak(lambda: _decode(model, new(), rows, draw, load.prompt))
+            decoding = traced_peak(lambda: _decode(model, _filled(new(), first, full - 1), rows, draw, 1, full - 1))
         copies = 0
         if load.spends_memory:
-            copies = sum(_size(layer.get_base_layer()) for layer in mergeable(network, role.adapter))
+            weights = [layer.get_base_layer().weight for layer in mergeable(network, role.adapter)]
+            copies = sum(weight.numel() * weight.element_size() for weight in weights)
     return {"reading": copies + reading, "decoding": copies + decoding}
 
 
-def _decode(model: PreTrainedModel, cache: DynamicCache, rows: int, tokens: int, before: int = 0) -> None:
+def _drawn_on_a_gpu(probabilities: torch.Tensor) -> None:
+    torch.multinomial(probabilities, 1)
+
+
+def _drawn_on_a_cpu(probabilities: torch.Tensor) -> None:
+    """As `sampled_by_cdf` does, which looks at numbers."""
+    probabilities.to(torch.float64, copy=True).cumsum_(-1)
+
+
+def _decode(
+    model: PreTrainedModel, cache: DynamicCache, rows: int, draw: Callable, tokens: int, before: int = 0
+) -> None:
     """
     Two steps of `generate` behind the `before` tokens that the cache holds. It keeps scores and probabilities of one
     step until it has those of the next.
@@ -382,7 +397,7 @@ def _decode(model: PreTrainedModel, cache: DynamicCache, rows: int, tokens: int,
         )
         scores = out.logits[:, -1].to(torch.float32, copy=True)
         probabilities = scores.softmax(-1)
-        torch.multinomial(probabilities, 1)
+        draw(probabilities)
         del out
 
 

@@ -370,6 +370,8 @@ class PPOTrainer(RLOOTrainer):
 
         def evaluate(rows: int) -> list[torch.Tensor]:
             passes = [some for batch in batches for some in batch.split(rows)]
+            if len(passes) > 1:  # after an out-of-memory error, perhaps: one graph at a time
+                self.roles.value.kept = None
             return role.evaluate(getattr(role, method), episodes, passes, keep and training)
 
         return self._limits["train" if training else "eval"].run(evaluate, count)
@@ -468,6 +470,8 @@ class PPOTrainer(RLOOTrainer):
         done = self._step % accumulation
         start = self._step % self.args.steps_per_generation - done
         todo = [done]
+        if rows < self.args.per_device_train_batch_size:
+            self.roles.value.kept = None  # as above
         if done == 0 or rows != self._begun:
             self._begun, todo = rows, list(range(done + 1))
             self._sums.clear()

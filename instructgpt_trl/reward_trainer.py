@@ -21,7 +21,7 @@ from .functional import _untied_pairs, ranking_loss
 from .models.guards import stop_unless_finite
 from .models.limits import freed_memory_given_back
 from .models.loading import float32_adapters, is_adapter, keep_gradients, load_tokenizer
-from .models.lora import fuse_lora
+from .models.lora import fuse_lora, without_casts
 from .models.reward_folder import forget_reward_config, read_reward_config
 from .models.reward_model import RewardModel
 from .models.reward_network import adapter_base, head_of, load_reward_network, pool_by_length, scalar_config
@@ -207,7 +207,8 @@ class RewardTrainer(trl.RewardTrainer):
     # Loss and metrics
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+        with without_casts(self.model):
+            loss = super().training_step(*args, **kwargs)
         stop_unless_finite(loss, "the loss", self.state.global_step, "look at the rows of this step")
         return loss
 

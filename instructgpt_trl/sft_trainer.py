@@ -38,7 +38,7 @@ from .models.dropout import residual_dropout, residual_places
 from .models.guards import stop_unless_finite
 from .models.limits import freed_memory_given_back
 from .models.loading import context_length, float32_adapters, is_adapter, keep_gradients, load_policy
-from .models.lora import fuse_lora
+from .models.lora import fuse_lora, without_casts
 from .sft_config import SFTConfig
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class SFTTrainer(trl.SFTTrainer):
 
     Differs from TRL: rows over `max_length` are counted and named; the constructor leaves the caller's random number
     generators alone and `train` seeds; adapters on a quantised base stay float32; without a GPU the LM head works on
-    smaller tiles of the vocabulary, which rounds differently beyond 512 words.
+    smaller tiles of the vocabulary, which rounds differently beyond 512 words, as [`fuse_lora`] does.
 
     Raises:
         [`InputError`]: a wrong row or argument, before a model is loaded; an architecture that residual dropout is not
@@ -176,7 +176,7 @@ class SFTTrainer(trl.SFTTrainer):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
-        with lm_head_tiles(self.accelerator.device):
+        with lm_head_tiles(self.accelerator.device), without_casts(self.model):
             loss = super().training_step(*args, **kwargs)
         stop_unless_finite(loss, "the loss", self.state.global_step, "look at the rows of this step")
         return loss

@@ -85,6 +85,7 @@ def load_of(args: Arguments, stage: str) -> Load:
         prompt=args.prompt,
         completion=args.completion,
         shared=args.completions if stage == "reward" else 1,
+        rollout=ROLLOUT if ppo else 0,
         ptx_length=args.prompt + args.completion if ppo else 0,
         lora=None if args.full else lora,
         dtype=getattr(torch, args.dtype),

@@ -58,6 +58,7 @@ def sizes(args: Arguments, config: PPOConfig, model: ModelConfig) -> dict[str, A
         "prompt": prompt,
         "completion": completion,
         "sampled": config.generation_micro_batch_size or config.generation_batch_size,
+        "rollout": config.generation_batch_size,
         "ptx_length": (config.ptx_max_length or prompt + completion) if args.ptx_dataset and config.ptx_coef else 0,
         "reference": config.beta != 0,
         "ema": config.ema_decay > 0,

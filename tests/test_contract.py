@@ -17,6 +17,9 @@ import pytest
 import trl
 import trl.models.utils
 import trl.trainer.utils
+from peft.tuners.lora import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import GenerationMixin
 
 import instructgpt_trl
 from instructgpt_trl import _trl
@@ -29,6 +32,12 @@ PAIRS = {
     instructgpt_trl.SFTConfig: trl.SFTConfig,
     instructgpt_trl.RewardConfig: trl.RewardConfig,
     instructgpt_trl.PPOConfig: trl.RLOOConfig,
+}
+# Neither overridden nor called by us, but how they call what we put there is relied on
+READ = {
+    "Linear.forward": Linear.forward,  # a LoRA layer's, which calls our variant
+    "BaseTunerLayer._cast_input_dtype": BaseTunerLayer._cast_input_dtype,
+    "GenerationMixin._sample": GenerationMixin._sample,  # draws by torch.multinomial
 }
 METHODS = [(cls, name) for cls, names in _trl.OVERRIDDEN.items() for name in names]
 
@@ -47,7 +56,7 @@ def current() -> dict[str, str]:
     for module in (trl.models.utils, trl.trainer.utils):
         names = [name for name in _trl.__all__ if inspect.isfunction(getattr(module, name, None))]
         hashes |= {name: fingerprint(inspect.unwrap(getattr(module, name))) for name in names}
-    return hashes
+    return hashes | {name: fingerprint(function) for name, function in READ.items()}
 
 
 @pytest.mark.parametrize("cls, name", METHODS, ids=lambda value: str(value))

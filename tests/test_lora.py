@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from ppo_helpers import lora, nf4, randomise
 from transformers import AutoModelForCausalLM
 
-from instructgpt_trl.models.lora import FusedLora, fuse_lora, mergeable, merged_lora
+from instructgpt_trl.models.lora import FusedLora, fuse_lora, mergeable, merged_lora, without_casts
 
 IDS = torch.arange(3, 27).view(2, 12)
 
@@ -73,13 +73,45 @@ def test_bfloat16_is_no_further_from_float32_than_peft_is(context):
     assert off <= 1.1 * others
 
 
-def test_nothing_is_copied_into_float32_under_autocast():
+@pytest.mark.parametrize("context", [{}, {"dtype": torch.bfloat16}])
+def test_nothing_is_copied_into_float32_without_casts(context):
+    """Under autocast the numbers are the same; without, they are those under it."""
     _, fused = pair(torch.bfloat16)
+    expected = logits_and_gradients(fused, dtype=torch.bfloat16)[0]
     seen = []
     for layer in fused_layers(fused):
         layer.lora_dropout["default"].register_forward_hook(lambda module, args, out: seen.append(args[0].dtype))
-    logits_and_gradients(fused, dtype=torch.bfloat16)
+    with without_casts(fused):
+        logits, _ = logits_and_gradients(fused, **context)
     assert len(seen) == 14 and set(seen) == {torch.bfloat16}
+    assert torch.equal(logits, expected)
+    assert all(getattr(m, "cast_input_dtype_enabled", True) for m in fused.modules())
+
+
+def test_without_gradients_the_sum_is_the_same_bit_for_bit():
+    """It is made in place then."""
+    for dtype in (torch.float32, torch.bfloat16):
+        _, fused = pair(dtype)
+        with without_casts(fused):
+            expected = logits_and_gradients(fused)[0]
+            with torch.no_grad():
+                assert torch.equal(fused(IDS).logits, expected)
+
+
+def test_adapters_that_are_not_fused_run_beside_fused_ones_without_casts():
+    """One with a bias, one added later, on a bfloat16 base outside autocast: PEFT's own casts stay."""
+    settings = dict(target_modules="all-linear", r=4)
+    biased = get_peft_model(make_llama(attention_bias=True, mlp_bias=True).bfloat16(), LoraConfig(**settings))
+    biased.add_adapter("later", LoraConfig(**settings, lora_bias=True))
+    fuse_lora(biased)
+    biased.add_adapter("last", LoraConfig(**settings))
+    for name, fused in (("default", True), ("later", False), ("last", False)):
+        biased.set_adapter(name)
+        layer = next(m for m in biased.modules() if hasattr(m, "lora_variant"))
+        assert isinstance(layer.lora_variant.get(name), FusedLora) == fused
+        with without_casts(biased):
+            assert getattr(layer, "cast_input_dtype_enabled", True) != fused
+            assert biased(IDS).logits.isfinite().all()
 
 
 def test_merged_and_unmerged_as_peft_does():
@@ -112,8 +144,8 @@ def test_other_kinds_of_adapters_stay_as_they_are():
     for settings in ({"use_dora": True}, {"target_modules": ["embed_tokens"]}):
         network, fused = pair(**settings)
         assert fused_layers(fused) == []
-        assert torch.equal(fused(IDS).logits, network(IDS).logits)
-        assert all(getattr(m, "cast_input_dtype_enabled", True) for m in fused.modules())
+        with without_casts(fused):
+            assert torch.equal(fused(IDS).logits, network(IDS).logits)
 
 
 def test_on_four_bits_as_peft(wide):
@@ -128,6 +160,8 @@ def test_on_four_bits_as_peft(wide):
     assert len(fused_layers(network)) == 14
     logits, own = logits_and_gradients(network)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(network(IDS).logits, logits)
     for name in gradients:
         torch.testing.assert_close(own[name], gradients[name], rtol=1e-3, atol=1e-5)
 

@@ -16,10 +16,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, Qwen2Config
 
 from instructgpt_trl import PPOTrainer, memory
-from instructgpt_trl._trl import kernels_of_a_gpu
+from instructgpt_trl._trl import kernels_of_a_gpu, sampled_by_cdf
 from instructgpt_trl.data.sharing import share_prompts
 from instructgpt_trl.memory import PARTS, Load, largest, peak, predict
-from instructgpt_trl.models.lora import fuse_lora
+from instructgpt_trl.models.lora import fuse_lora, merged_lora
 from instructgpt_trl.models.roles import Role
 from instructgpt_trl.peak_memory import PeakMemory, traced_peak
 
@@ -172,19 +172,23 @@ def test_completions_that_share_a_prompt_take_what_real_ones_take():
 
 @pytest.mark.parametrize("prompt, completion", [(20, 30), (60, 4)])
 @pytest.mark.parametrize("vocab", [300, 5000])
-@pytest.mark.parametrize("adapters", [True, False])
-def test_sampling_without_data_takes_what_generate_takes(adapters, vocab, prompt, completion):
+@pytest.mark.parametrize("adapters, checkpointing", [(True, True), (True, False), (False, True)])
+def test_sampling_without_data_takes_what_generate_takes(adapters, checkpointing, vocab, prompt, completion):
     """Six layers, carried on from two and three. Few are the bytes of masks and ids, which are not counted."""
     shape = lora(target_modules="all-linear", task_type="CAUSAL_LM") if adapters else None
-    load = replace(LOAD, lora=shape, sampled=8, prompt=prompt, completion=completion, checkpointing=False)
+    load = replace(LOAD, lora=shape, sampled=8, prompt=prompt, completion=completion, checkpointing=checkpointing)
     model = make_llama(**SHAPE, vocab=vocab)
     predicted = predict(model.config, load)["sampling"]
     network = with_adapters(model, shape) if adapters else model
     ids = torch.randint(3, 250, (8, prompt))
     options = dict(do_sample=True, top_k=0, eos_token_id=None, pad_token_id=0, max_new_tokens=completion)
-    with torch.no_grad():
-        taken = traced_peak(lambda: network.eval().generate(input_ids=ids, **options))
-    assert predicted == pytest.approx(taken, rel=0.05)
+
+    def sample() -> None:
+        role, merged = Role(network.eval(), "default"), merged_lora(network, "default") if not checkpointing else None
+        with torch.no_grad(), role.active(), merged or nullcontext(), sampled_by_cdf():
+            role.model.generate(input_ids=ids, **options)
+
+    assert predicted == pytest.approx(traced_peak(sample), rel=0.05)
 
 
 @pytest.mark.parametrize("kinds", [None, ["sliding_attention", "sliding_attention", "full_attention"] * 3])

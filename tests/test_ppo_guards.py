@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_llama, make_tokenizer
 from datasets import Dataset
+from peft.tuners.lora import LoraLayer
 from ppo_helpers import (
     EOS,
     assert_equal,
@@ -97,22 +98,40 @@ def test_pitfall_18_samples_follow_the_policy(folders, tmp_path, prompts):
 
 
 def test_numbers_drawn_by_the_sum_of_probabilities():
-    """Of 4,000 rows: chi-squared of three words, none of probability 0; what torch refuses is refused by it."""
+    """Of 4,000 rows: chi-squared of three words, none of probability 0; what torch refuses, it says."""
     probabilities = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
     torch.manual_seed(0)
     multinomial = torch.multinomial
     with sampled_by_cdf():
         drawn = torch.multinomial(probabilities.expand(4000, 6), num_samples=1)
         assert torch.multinomial(probabilities.expand(5, 6), 3).shape == (5, 3)  # more than one is torch's own
-        for wrong in (torch.nan, torch.inf):
-            with pytest.raises(RuntimeError, match="inf"):
-                torch.multinomial(torch.tensor([[0.5, wrong]]), num_samples=1)
+        for wrong, said in (([0.5, torch.nan], "inf"), ([0.5, torch.inf], "inf"), ([0.0, 0.0], "sum")):
+            with pytest.raises(RuntimeError, match=said):
+                torch.multinomial(torch.tensor([wrong]), num_samples=1)
     assert torch.multinomial is multinomial
     assert drawn.shape == (4000, 1) and drawn.dtype == torch.int64
     counts = drawn.flatten().bincount(minlength=6).double()
     assert counts[probabilities == 0].sum() == 0
     expected = 4000 * probabilities[probabilities > 0]
     assert ((counts[probabilities > 0] - expected) ** 2 / expected).sum() < 18.4  # 2 degrees of freedom: p = 1e-4
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_how_it_samples(folders, tmp_path, monkeypatch, prompts, checkpointing):
+    """By the sum of probabilities; with the adapter in the weights, where memory is given for time."""
+    sample, multinomial, seen = GenerationMixin._sample, torch.multinomial, []
+
+    def noted(model, *args, **kwargs):
+        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        seen.append((torch.multinomial is not multinomial, {layer.merged for layer in layers}))
+        return sample(model, *args, **kwargs)
+
+    monkeypatch.setattr(GenerationMixin, "_sample", noted)
+    trainer = with_function(folders.sft, tmp_path, prompts, max_steps=1, gradient_checkpointing=checkpointing)
+    trainer.train()
+    assert seen == [(True, {not checkpointing})]
+    assert torch.multinomial is multinomial
+    assert not any(module.merged for module in trainer.model.modules() if isinstance(module, LoraLayer))
 
 
 def test_every_eos_of_the_model_ends_a_completion(folders, tmp_path, monkeypatch, prompts):

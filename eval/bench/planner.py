@@ -50,6 +50,7 @@ def load_of(setting: dict) -> Load:
         prompt=setting["prompt"],
         completion=setting["completion"],
         sampled=setting["rollout"] if setting["ptx"] else 0,
+        rollout=setting["rollout"] if setting["ptx"] else 0,
         ptx_length=setting["prompt"] + setting["completion"] if setting["ptx"] else 0,
         lora=None if setting["full"] else lora(),
         dtype=getattr(torch, setting["dtype"]),

@@ -1,28 +1,48 @@
 """LoRA in fewer passes through memory than PEFT's own, with the same result but for rounding."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import LoraVariant
 from torch import nn
 from torch.nn import functional as F
+
+from .._trl import LoraVariant
 
 
 def fuse_lora(network: nn.Module) -> None:
     """
-    Compute the plain adapters of linear layers as [`FusedLora`] does, in place; others (DoRA, embeddings) stay as they
-    are. What is saved, and loaded elsewhere, is not touched by it.
+    Compute the plain adapters of linear layers as [`FusedLora`] does, those that are there now; others (DoRA,
+    embeddings) stay as they are. What is saved, and loaded elsewhere, is not touched by it.
     """
-    for layer in network.modules():
-        if not isinstance(layer, LoraLayer) or not isinstance(layer.get_base_layer(), nn.Linear):
-            continue
+    for layer in _linear_layers(network):
         plain = [name for name in layer.lora_A if name not in layer.lora_variant and not layer.lora_bias[name]]
         layer.lora_variant.update(dict.fromkeys(plain, FusedLora()))
-        if all(isinstance(variant, FusedLora) for variant in layer.lora_variant.values()):
+
+
+@contextmanager
+def without_casts(network: nn.Module) -> Iterator[None]:
+    """
+    Inside, inputs of layers whose active adapters are fused are not copied into float32, from which autocast copies
+    them back; outside autocast these adapters compute in the type of their input then, as under it. Backward belongs
+    inside too, where gradient checkpointing repeats the forward pass.
+    """
+    layers = [
+        layer
+        for layer in _linear_layers(network)
+        if all(_fused(layer, name) for name in layer.active_adapters if name in layer.lora_A)
+    ]
+    before = [getattr(layer, "cast_input_dtype_enabled", True) for layer in layers]
+    try:
+        for layer in layers:
             layer.cast_input_dtype_enabled = False
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.cast_input_dtype_enabled = enabled
 
 
 @contextmanager
@@ -46,26 +66,31 @@ def merged_lora(network: nn.Module, adapter: str | None) -> Iterator[None]:
 
 
 def mergeable(network: nn.Module, adapter: str | None) -> list[LoraLayer]:
-    """The fused layers of `adapter` whose weight is a matrix of plain numbers, and not the embeddings' too."""
-    shared = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
+    """The fused layers of `adapter` whose weight is a matrix of plain numbers, and no other module's too."""
+    owners = Counter(id(p) for module in network.modules() for p in module.parameters(recurse=False))
     return [
         layer
-        for layer in network.modules()
-        if isinstance(layer, LoraLayer)
-        and isinstance(layer.lora_variant.get(adapter), FusedLora)
+        for layer in _linear_layers(network)
+        if _fused(layer, adapter)
         and (weight := layer.get_base_layer().weight).is_floating_point()
-        and id(weight) not in shared
+        and owners[id(weight)] == 1
     ]
+
+
+def _linear_layers(network: nn.Module) -> list[LoraLayer]:
+    layers = [module for module in network.modules() if isinstance(module, LoraLayer)]
+    return [layer for layer in layers if isinstance(layer.get_base_layer(), nn.Linear)]
+
+
+def _fused(layer: LoraLayer, adapter: str | None) -> bool:
+    return isinstance(layer.lora_variant.get(adapter), FusedLora)
 
 
 class FusedLora(LoraVariant):
     """
     `W x + s B A x`, where the second product is scaled while it is r wide and added by the matrix product that makes
-    it. PEFT makes it, scales it and adds it, three passes over a tensor as large as the output, and before that copies
-    an input of fewer bits into float32, from which autocast copies it back. On a CPU a layer of SmolLM2-135M takes
-    three fifths of the time so in bfloat16, forward, and nine tenths in float32.
-
-    Outside autocast the adapter computes in the type of its input, as inside.
+    it. PEFT makes it, scales it and adds it, three passes over a tensor as large as the output. With [`without_casts`]
+    a layer of SmolLM2-135M takes three fifths of the time on a CPU in bfloat16, forward, and nine tenths in float32.
 
     Differs from PEFT: rounding (https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/layer.py).
     """
@@ -86,9 +111,9 @@ class FusedLora(LoraVariant):
         up = up.to(inner.dtype)
         if inner.dtype != result.dtype:  # a base that computes in another type than autocast's
             return result + F.linear(inner, up)
-        flat, inner = result.flatten(0, -2), inner.flatten(0, -2)
-        if torch.is_grad_enabled():
-            return torch.addmm(flat, inner, up.t()).view_as(result)
+        flat, inner = result.reshape(-1, result.size(-1)), inner.reshape(-1, inner.size(-1))
+        if torch.is_grad_enabled() or not result.is_contiguous():
+            return torch.addmm(flat, inner, up.t()).view(result.shape)
         flat.addmm_(inner, up.t())  # nobody else has seen the base's output
         return result
 

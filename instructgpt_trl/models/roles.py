@@ -32,7 +32,7 @@ from ..data.episodes import (
     take_rows,
 )
 from .loading import holds_weights_of, keep_gradients, same_base
-from .lora import fuse_lora
+from .lora import fuse_lora, without_casts
 from .reward_parts import RewardParts
 
 logger = logging.get_logger(__name__)
@@ -83,7 +83,8 @@ class Role:
                 self.network.set_adapter(self.adapter)
                 _restore(flags)
                 try:
-                    yield
+                    with without_casts(self.network):
+                        yield
                 finally:
                     self.network.set_adapter(before)
         finally:
