@@ -118,19 +118,21 @@ def lm_head_tiles(device: torch.device) -> Iterator[None]:
 def sampled_by_cdf() -> Iterator[None]:
     """
     Inside, `torch.multinomial` draws one number a row of what `softmax` gave where their sum passes a uniform number,
-    on a CPU.
-    Otherwise it draws an exponential for every word of the vocabulary: with SmolLM2's 49,152 a fifth of a decoding
-    step.
+    on a CPU. Otherwise it draws an exponential for every word of the vocabulary: with SmolLM2's 49,152 and 16 rows 20
+    of the 110 ms of a decoding step, and now 1.4.
     """
     multinomial = torch.multinomial
 
     def draw(input: torch.Tensor, num_samples: int, *args, **kwargs) -> torch.Tensor:  # torch's own names
         if (num_samples, input.device.type, input.dim(), args, kwargs) == (1, "cpu", 2, (), {}):
-            sums = input.to(torch.float64, copy=True).cumsum_(-1)
-            if ((sums[:, -1] > 0) & sums[:, -1].isfinite()).all():  # else torch says what is wrong
-                points = torch.rand(len(sums), 1, dtype=sums.dtype) * sums[:, -1:]
-                return torch.searchsorted(sums, points, right=True).clamp_(max=sums.size(1) - 1)
+            if (total := input.sum(1)).isfinite().all() and (total > 0).all():  # else torch says what is wrong
+                points = torch.rand(len(input), dtype=torch.float64)
+                return torch.stack([passed(row, point) for row, point in zip(input, points, strict=True)])
         return multinomial(input, num_samples, *args, **kwargs)
+
+    def passed(row: torch.Tensor, point: torch.Tensor) -> torch.Tensor:
+        sums = row.to(torch.float64, copy=True).cumsum_(0)
+        return torch.searchsorted(sums, point[None] * sums[-1], right=True).clamp_(max=len(row) - 1)
 
     torch.multinomial = draw
     try:

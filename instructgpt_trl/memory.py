@@ -376,7 +376,7 @@ def _drawn_on_a_gpu(probabilities: torch.Tensor) -> None:
 
 def _drawn_on_a_cpu(probabilities: torch.Tensor) -> None:
     """As `sampled_by_cdf` does, which looks at numbers."""
-    probabilities.to(torch.float64, copy=True).cumsum_(-1)
+    probabilities[0].to(torch.float64, copy=True).cumsum_(0)
 
 
 def _decode(
