@@ -91,7 +91,7 @@ class Load:
 # Beside tensors, in bytes: what CUDA and cuBLAS are taken to need (on an H100 it was 0.72 GB), and what a process on a
 # CPU grows by from its imports on (eval/bench/README.md)
 CUDA_CONTEXT = 600 * 2**20
-CPU_CONTEXT = {"sft": 30 * 2**20, "reward": 30 * 2**20, "ppo_ptx": 56 * 2**20}
+CPU_CONTEXT = 30 * 2**20
 
 
 def predict(config: PreTrainedConfig, load: Load) -> dict[str, int]:
@@ -106,6 +106,8 @@ def predict(config: PreTrainedConfig, load: Load) -> dict[str, int]:
         _, without = _carried_on(config, partial(_parts, load=load, embeddings=False))
         found |= {name: max(few[name], without[name]) for name in ("activations", "whole")}
     found["logits chunk"] = max(0, found["whole"] - found["activations"])
+    # While two graphs are there no gradients are yet
+    found["activations"] += max(0, found["kept"] - found["gradients"])
     found["sampling"] = predict_sampling(config, load) if load.sampled else 0
     return {name: found[name] for name in PARTS}
 
@@ -172,8 +174,8 @@ def _next_guess(known: dict[int, int], limit: int) -> int:
 
 def _parts(config: PreTrainedConfig, load: Load, embeddings: bool = True) -> dict[str, int]:
     """
-    Bytes by part but sampling, and "whole", those of a pass with the LM head. `embeddings` says whether these get a
-    gradient.
+    Bytes by part but sampling, "whole", those of a pass with the LM head, and "kept", a graph that waits for its turn.
+    `embeddings` says whether these get a gradient.
     """
     if not embeddings:
         config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
@@ -185,7 +187,7 @@ def _parts(config: PreTrainedConfig, load: Load, embeddings: bool = True) -> dic
     return {
         **always,
         **_passes(network, model, load),
-        "context": CUDA_CONTEXT if load.cuda else CPU_CONTEXT[load.stage],
+        "context": CUDA_CONTEXT if load.cuda else CPU_CONTEXT,
     }
 
 
@@ -303,7 +305,7 @@ def _as_int8(x: torch.Tensor) -> torch.Tensor:
 
 
 def _passes(network: nn.Module, model: PreTrainedModel, load: Load) -> dict[str, int]:
-    """Bytes that the training passes of a stage make, at their peak."""
+    """Bytes that the training passes of a stage make, at their peak, and those of the value model's that waits."""
     if load.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         if load.lora is not None:
@@ -319,7 +321,7 @@ def _passes(network: nn.Module, model: PreTrainedModel, load: Load) -> dict[str,
                 groups = [[[0] * load.completion] * load.shared] * (load.rows // load.shared)
                 batch, _ = share_prompts([[0] * load.prompt] * len(groups), groups, pad_token_id=0)
             scored = _training_peak(role, partial(_scores, role, batch))
-            return {"activations": scored, "whole": scored}
+            return {"activations": scored, "whole": scored, "kept": 0}
         backbone = _training_peak(role, lambda: role.values(batch)[0])
         length = load.prompt + load.completion
         if load.stage == "sft":  # the head may see prompts there too
@@ -331,9 +333,11 @@ def _passes(network: nn.Module, model: PreTrainedModel, load: Load) -> dict[str,
         if load.ptx_length:
             batches.append(_episodes(load.rows, 1, load.ptx_length - 1))
         whole = max(_training_peak(role, partial(_logprobs, role, some)) for some in batches)
-        # The value model's graph waits for its turn
-        kept = backbone if load.spends_memory and 0 < load.rollout <= load.rows else 0
-        return {"activations": kept + backbone, "whole": kept + whole}
+        kept = 0
+        if load.spends_memory and 0 < load.rollout <= load.rows:
+            waits = []
+            kept = _training_peak(role, lambda: waits.append(role.values(batch)) or _logprobs(role, batch)) - whole
+        return {"activations": backbone, "whole": whole, "kept": kept}
 
 
 def _logprobs(role: Role, batch: Episodes) -> torch.Tensor:

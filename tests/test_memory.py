@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from instructgpt_trl import PPOTrainer, memory
 from instructgpt_trl._trl import kernels_of_a_gpu, sampled_by_cdf
+from instructgpt_trl.data.episodes import Episodes
 from instructgpt_trl.data.sharing import share_prompts
 from instructgpt_trl.memory import PARTS, Load, largest, peak, predict
 from instructgpt_trl.models.lora import fuse_lora, merged_lora
@@ -43,11 +44,17 @@ def test_traced_peak_is_what_is_alive_at_once():
     assert traced_peak(run) == 8100
 
 
-def real_training_peak(role: Role, load: Load, method) -> int:
-    """Bytes of a pass on real tensors, one row of it padded, behind a first one that made the gradients."""
+def real_batch(load: Load) -> Episodes:
+    """One row is padded, so that attention has a mask."""
     batch = memory._episodes(load.rows, load.prompt, load.completion)
     batch["completion_lengths"][0] -= 1
     batch["mask"][0, -1] = False
+    return batch
+
+
+def real_training_peak(role: Role, load: Load, method) -> int:
+    """Bytes of a pass on real tensors, behind a first one that made the gradients."""
+    batch = real_batch(load)
     for _ in range(2):
         found = memory._training_peak(role, lambda: method(role, batch))
     return found
@@ -77,6 +84,35 @@ def test_passes_without_data_take_what_real_ones_take(stage, adapters, checkpoin
     expected = max(real_training_peak(role, load, method) for method in methods)
     parts = predict(settings, load)
     assert parts["activations"] + parts["logits chunk"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("adapters, rows", [(True, 3), (False, 40), (False, 1)])
+def test_a_graph_that_waits_is_there_before_the_gradients(adapters, rows):
+    """Without checkpointing the value model's graph waits for the policy's pass; gradients come when graphs go."""
+    shape = lora(target_modules="all-linear", task_type="CAUSAL_LM") if adapters else None
+    load = replace(LOAD, lora=shape, checkpointing=False, ptx_length=0, rows=rows, rollout=rows)
+    model = make_llama(**SHAPE, vocab=5000)
+    settings = copy.deepcopy(model.config)
+    memory.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    network = with_adapters(model, shape) if adapters else model
+    role = Role(network.train(), "default" if adapters else None, nn.Linear(SHAPE["hidden"], 1))
+    batch = real_batch(load)
+
+    def update():
+        waits = role.values(batch)[0]
+        role.logprobs(batch)[0].sum().backward()
+        waits.sum().backward()
+
+    update()
+    network.zero_grad()
+    parts = predict(settings, load)
+    in_turns = predict(settings, replace(load, rollout=2 * rows))
+    found = traced_peak(update)
+    predicted = sum(parts[name] for name in ("gradients", "activations", "logits chunk"))
+    if rows == 1:  # gradients are larger than a graph, and hide it
+        assert parts == in_turns and found < predicted
+    else:
+        assert parts["activations"] > 1.5 * in_turns["activations"] and predicted == pytest.approx(found, rel=0.01)
 
 
 def with_adapters(model: PreTrainedModel, shape: LoraConfig) -> PeftModel:
