@@ -335,13 +335,18 @@ def _passes(network: nn.Module, model: PreTrainedModel, load: Load) -> dict[str,
         whole = max(_training_peak(role, partial(_logprobs, role, some)) for some in batches)
         kept = 0
         if load.spends_memory and 0 < load.rollout <= load.rows:
-            waits = []
-            kept = _training_peak(role, lambda: waits.append(role.values(batch)) or _logprobs(role, batch)) - whole
+            kept = _training_peak(role, partial(_logprobs_beside, role, batch, [])) - whole
         return {"activations": backbone, "whole": whole, "kept": kept}
 
 
 def _logprobs(role: Role, batch: Episodes) -> torch.Tensor:
     return role.logprobs(batch)[0]
+
+
+def _logprobs_beside(role: Role, batch: Episodes, waiting: list) -> torch.Tensor:
+    """As above, while the value model's graph waits in a list of the caller's."""
+    waiting.append(role.values(batch))
+    return _logprobs(role, batch)
 
 
 def _role(network: nn.Module, model: PreTrainedModel, load: Load) -> Role:
