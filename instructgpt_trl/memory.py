@@ -17,13 +17,13 @@ import torch
 from peft import PeftConfig, get_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from ._trl import add_fused_lm_head, kernels_of_a_gpu
 from .data.episodes import Episodes, attention_mask
 from .data.sharing import share_prompts, shared_attention_mask
 from .models.lora import fuse_lora, mergeable
+from .models.packed import pack_linear_layers
 from .models.reward_network import last_token_scores
 from .models.roles import Role, adapter_parameters, disable_dropout
 from .models.sharing import why_not_by_config
@@ -236,7 +236,7 @@ def _build(config: PreTrainedConfig, load: Load) -> tuple[nn.Module, PreTrainedM
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=load.dtype)
         if load.bits is not None:
-            _quantize(model, load)
+            pack_linear_layers(model, load.bits, load.dtype, load.cuda)
         network = model if load.lora is None else get_peft_model(model, copy.deepcopy(load.lora))
         if load.lora is not None:
             for parameter in adapter_parameters(network, "default").values():
@@ -244,61 +244,6 @@ def _build(config: PreTrainedConfig, load: Load) -> tuple[nn.Module, PreTrainedM
             fuse_lora(network)
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     return network, model
-
-
-def _quantize(model: PreTrainedModel, load: Load) -> None:
-    """Every linear layer but the LM head, as bitsandbytes does."""
-    head = model.get_output_embeddings()
-    for parent in list(model.modules()):
-        for name, linear in list(parent.named_children()):
-            if isinstance(linear, nn.Linear) and linear is not head:
-                setattr(parent, name, _Packed(linear, load))
-
-
-class _Packed(nn.Linear):
-    """A frozen layer in 4 bits (NF4 with double quantisation) or 8."""
-
-    def __init__(self, linear: nn.Linear, load: Load):
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        count = self.weight.numel()
-        # 4 bits: a byte of scale for 64 weights, and four for 256 of those
-        size = count // 2 + count // 64 + 4 * (count // 64 // 256) if load.bits == 4 else count + 4 * self.out_features
-        self.weight = nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), requires_grad=False)
-        self.compute, self.bits, self.integers = load.dtype, load.bits, load.bits == 8 and load.cuda
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shape = (self.out_features, self.in_features)
-        product = _Product.apply(x.to(self.compute), self.weight, shape, self.bias, self.bits, self.integers)
-        return product.to(x.dtype)
-
-
-class _Product(torch.autograd.Function):
-    """
-    With a weight that is unpacked for it and forgotten; of integers forward with 8 bits on a GPU. With 8 bits the
-    input is kept outside autograd's own store, so that checkpointing does not free it.
-
-    Source: github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes/autograd/_functions.py
-    """
-
-    @staticmethod
-    def forward(ctx, x, packed, shape, bias, bits, integers):
-        ctx.shape = shape
-        if bits == 8 and ctx.needs_input_grad[0]:
-            ctx.kept = x
-        if not integers:
-            return F.linear(x, packed.new_empty(shape, dtype=x.dtype), bias)
-        rows = _as_int8(x.half())
-        sums = rows.new_empty(*rows.shape[:-1], shape[0], dtype=torch.int32)
-        return sums.new_empty(sums.shape, dtype=torch.float16).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad @ grad.new_empty(ctx.shape), None, None, None, None, None
-
-
-def _as_int8(x: torch.Tensor) -> torch.Tensor:
-    _ = x.abs() >= 6  # how it finds outliers; here for the bytes
-    return x.new_empty(x.shape, dtype=torch.int8)
 
 
 # Passes

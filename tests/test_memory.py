@@ -21,6 +21,7 @@ from instructgpt_trl.data.episodes import Episodes
 from instructgpt_trl.data.sharing import share_prompts
 from instructgpt_trl.memory import PARTS, Load, largest, peak, predict
 from instructgpt_trl.models.lora import fuse_lora, merged_lora
+from instructgpt_trl.models.packed import PackedLinear
 from instructgpt_trl.models.roles import Role
 from instructgpt_trl.peak_memory import PeakMemory, traced_peak
 
@@ -284,7 +285,7 @@ def test_a_quantised_base_takes_what_bitsandbytes_takes():
     packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     scales = state.absmax.numel() + state.state2.absmax.numel() * 4
     shape = lora(target_modules="all-linear", task_type="CAUSAL_LM")
-    linear = memory._Packed(nn.Linear(512, 256, bias=False, device="meta"), replace(LOAD, lora=shape, bits=4))
+    linear = PackedLinear(nn.Linear(512, 256, bias=False, device="meta"), 4, torch.float32, cuda=False)
     assert linear.weight.numel() == packed.numel() + scales
     model = make_llama(**SHAPE, vocab=5000)
     whole, less = (predict(model.config, replace(LOAD, lora=shape, bits=bits))["base"] for bits in (None, 4))
