@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from ppo_helpers import lora, nf4, randomise
 from transformers import AutoModelForCausalLM
 
+from instructgpt_trl.models import lora as lora_module
 from instructgpt_trl.models.lora import FusedLora, fuse_lora, mergeable, merged_lora, without_casts
 
 IDS = torch.arange(3, 27).view(2, 12)
@@ -41,9 +42,18 @@ def logits_and_gradients(network, **context):
     return logits.detach(), {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
 
 
+@pytest.fixture
+def added(monkeypatch) -> list:
+    """Types of `x` where the adapter is added in place, within the base's own step of the graph."""
+    seen, apply = [], lora_module._AddLoRA.apply
+    monkeypatch.setattr(lora_module._AddLoRA, "apply", lambda x, *rest: seen.append(x.dtype) or apply(x, *rest))
+    return seen
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("adapter", ["default", "other"])
-def test_equals_peft_in_float32(adapter):
-    network, fused = pair(lora_dropout=0.25)
+def test_equals_peft_in_float32(adapter, dropout, added):
+    network, fused = pair(lora_dropout=dropout)
     for one in (network, fused):
         one.set_adapter(adapter)
     assert len(fused_layers(fused)) == 14
@@ -53,6 +63,7 @@ def test_equals_peft_in_float32(adapter):
     assert own.keys() == gradients.keys() and len(own) == 28
     for name in own:
         torch.testing.assert_close(own[name], gradients[name], rtol=1e-4, atol=1e-6)
+    assert len(added) == (0 if dropout else 14)
     with fused.disable_adapter(), network.disable_adapter():
         assert torch.equal(fused(IDS).logits, network(IDS).logits)
 
@@ -74,18 +85,56 @@ def test_bfloat16_is_no_further_from_float32_than_peft_is(context):
 
 
 @pytest.mark.parametrize("context", [{}, {"dtype": torch.bfloat16}])
-def test_nothing_is_copied_into_float32_without_casts(context):
+def test_nothing_is_copied_into_float32_without_casts(context, added):
     """Under autocast the numbers are the same; without, they are those under it."""
     _, fused = pair(torch.bfloat16)
     expected = logits_and_gradients(fused, dtype=torch.bfloat16)[0]
-    seen = []
-    for layer in fused_layers(fused):
-        layer.lora_dropout["default"].register_forward_hook(lambda module, args, out: seen.append(args[0].dtype))
+    assert added == []
     with without_casts(fused):
         logits, _ = logits_and_gradients(fused, **context)
-    assert len(seen) == 14 and set(seen) == {torch.bfloat16}
+    assert added == [torch.bfloat16] * 14
     assert torch.equal(logits, expected)
     assert all(getattr(m, "cast_input_dtype_enabled", True) for m in fused.modules())
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def replaced(layer):
+    forward = layer.forward
+    layer.forward = lambda x: forward(x) * 2
+
+
+def trained(layer):
+    layer.weight.requires_grad_()
+
+
+@pytest.mark.parametrize("change", [hooked, replaced, trained])
+def test_a_base_that_does_more_keeps_its_graph(change, added):
+    network, fused = pair()
+    for one in (network, fused):
+        for module in one.modules():
+            if hasattr(module, "lora_A"):
+                change(module.base_layer)
+    logits, own = logits_and_gradients(fused)
+    expected, gradients = logits_and_gradients(network)
+    assert added == [] and own.keys() == gradients.keys()
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    for name in own:
+        torch.testing.assert_close(own[name], gradients[name], rtol=1e-3, atol=1e-5)
+
+
+def test_two_adapters_at_once(added):
+    network, fused = pair()
+    for one in (network, fused):
+        one.base_model.set_adapter(["default", "other"])
+    logits, own = logits_and_gradients(fused)
+    expected, gradients = logits_and_gradients(network)
+    assert added == [] and len(own) == len(gradients) == 56
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    for name in own:
+        torch.testing.assert_close(own[name], gradients[name], rtol=1e-3, atol=1e-5)
 
 
 def test_without_gradients_the_sum_is_the_same_bit_for_bit():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .._trl import LoraVariant
@@ -86,6 +87,48 @@ def _fused(layer: LoraLayer, adapter: str | None) -> bool:
     return isinstance(layer.lora_variant.get(adapter), FusedLora)
 
 
+class _AddLoRA(torch.autograd.Function):
+    """
+    `result + s (x A^T) B^T` in place of `result = x W^T` with `W` frozen, both ways: the gradient of `x` through the
+    adapter is added by its matrix product to the one through `W`, where autograd would make two tensors and a third.
+    Takes `x` (..., in), the base's `result` (..., out) cut from its graph, `W` (out, in), `A` (r, in), `B` (out, r).
+    """
+
+    @staticmethod
+    def forward(ctx, x, result, weight, down, up, scaling):
+        flat = x.reshape(-1, x.size(-1))
+        inner = flat.mm(down.t()).mul_(scaling)
+        ctx.save_for_backward(flat, inner, weight, down, up)
+        ctx.scaling, ctx.shape = scaling, x.shape
+        result.view(-1, result.size(-1)).addmm_(inner, up.t())
+        ctx.mark_dirty(result)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        flat, inner, weight, down, up = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.size(-1))
+        of_inner = grad.mm(up).mul_(ctx.scaling)
+        of_x = grad.mm(weight).addmm_(of_inner, down).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return of_x, None, None, of_inner.t().mm(flat), grad.t().mm(inner), None
+
+
+def _alone_on_plain_weights(layer: LoraLayer, x: torch.Tensor, result: torch.Tensor) -> bool:
+    """The one active adapter, without dropout, and `result` is `x W^T` plus a constant and nothing else."""
+    base = layer.get_base_layer()
+    (name, *more) = [name for name in layer.active_adapters if name in layer.lora_A]
+    return (
+        not more
+        and type(base) is nn.Linear
+        and not (base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base))
+        and not any(p.requires_grad for p in base.parameters())
+        and x.dtype == result.dtype == base.weight.dtype
+        and result.is_contiguous()
+        and (isinstance(layer.lora_dropout[name], nn.Identity) or not layer.training)
+    )
+
+
 class FusedLora(LoraVariant):
     """
     `W x + s B A x`, where the second product is scaled while it is r wide and added by the matrix product that makes
@@ -107,6 +150,9 @@ class FusedLora(LoraVariant):
         down, up = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
         if not torch.is_autocast_enabled(x.device.type):
             down = down.to(x.dtype)
+        if torch.is_grad_enabled() and _alone_on_plain_weights(module, x, result):
+            weight, scaling = module.get_base_layer().weight, module.scaling[active_adapter]
+            return _AddLoRA.apply(x, result.detach(), weight, down.to(x.dtype), up.to(x.dtype), scaling)
         inner = F.linear(module.lora_dropout[active_adapter](x), down) * module.scaling[active_adapter]
         up = up.to(inner.dtype)
         if inner.dtype != result.dtype:  # a base that computes in another type than autocast's
