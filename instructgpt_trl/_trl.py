@@ -5,9 +5,11 @@ overridden or called privately.
 tests/test_contract.py holds a hash of the source of each. When one changes, the test names the method to read again.
 """
 
+import inspect
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +39,7 @@ __all__ = [
     "is_async_callable",
     "kernels_of_a_gpu",
     "lm_head_tiles",
+    "one_tile_read",
     "precision",
     "preserved_rng",
     "sampled_by_cdf",
@@ -151,18 +154,47 @@ def kernels_of_a_gpu() -> Iterator[None]:
     fused head works on a tile in place, and dropout keeps which elements it dropped as a byte each.
     """
     global _as_on_a_gpu
-    kernels, names = trl.kernels.chunked_logprob, ("_forward_tile", "_backward_tile")
-    before, dropout = [getattr(kernels, name) for name in names], F.dropout
+    dropout = F.dropout
     try:
-        _as_on_a_gpu = True
-        for name in names:
-            setattr(kernels, name, lambda *args, **kwargs: None)
-        F.dropout = _fused_dropout
-        yield
+        _as_on_a_gpu, F.dropout = True, _fused_dropout
+        with _tiles_read_by(lambda read: lambda *args, **kwargs: None):
+            yield
     finally:
         _as_on_a_gpu, F.dropout = False, dropout
-        for name, function in zip(names, before, strict=True):
-            setattr(kernels, name, function)
+
+
+@contextmanager
+def one_tile_read() -> Iterator[None]:
+    """
+    Inside, a pass of the fused head without a Triton kernel reads its first tile only, for predictions of memory: the
+    others, a hundred with SmolLM2's vocabulary, would take as much one after the other.
+    """
+
+    def first(read: Callable) -> Callable:
+        signature = inspect.signature(read)
+
+        def read_first(*args: Any, **kwargs: Any) -> None:
+            if signature.bind(*args, **kwargs).arguments["vocab_start"] == 0:
+                read(*args, **kwargs)
+
+        return read_first
+
+    with _tiles_read_by(first):
+        yield
+
+
+@contextmanager
+def _tiles_read_by(change: Callable[[Callable], Callable]) -> Iterator[None]:
+    """Inside, the fused head's functions of a tile, for devices without Triton, are what `change` makes of them."""
+    kernels, names = trl.kernels.chunked_logprob, ("_forward_tile", "_backward_tile")
+    before = {name: getattr(kernels, name) for name in names}
+    try:
+        for name, read in before.items():
+            setattr(kernels, name, change(read))
+        yield
+    finally:
+        for name, read in before.items():
+            setattr(kernels, name, read)
 
 
 def _fused_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:

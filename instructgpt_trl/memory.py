@@ -19,7 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from ._trl import add_fused_lm_head, kernels_of_a_gpu
+from ._trl import add_fused_lm_head, kernels_of_a_gpu, one_tile_read
 from .data.episodes import Episodes, attention_mask
 from .data.sharing import share_prompts, shared_attention_mask
 from .models.lora import fuse_lora, mergeable
@@ -258,7 +258,7 @@ def _passes(network: nn.Module, model: PreTrainedModel, load: Load) -> dict[str,
     network.train()
     if load.stage == "ppo_ptx":
         disable_dropout(network)
-    with FakeTensorMode(), kernels_of_a_gpu() if load.cuda else nullcontext():
+    with FakeTensorMode(), kernels_of_a_gpu() if load.cuda else one_tile_read():
         role = _role(network, model, load)
         batch = _episodes(load.rows, load.prompt, load.completion)
         if load.stage == "reward":
