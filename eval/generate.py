@@ -1,0 +1,186 @@
+"""
+Completions of a policy for prompts, as JSON Lines: greedy, batched, and going on where an earlier run stopped.
+
+    python eval/generate.py --model runs/ppo_ptx --prompts prompts.jsonl --output completions/ppo_ptx.jsonl
+    python eval/generate.py --model DIR --prompts prompts.jsonl --output out.jsonl --samples 16 --temperature 1
+
+Rows out are those of the prompts in their order, each with its `completion` (and `sample`, its number, with several).
+Prompts are strings or conversations. While it runs rows stand in OUTPUT.part, whose first line holds the settings; the
+file itself appears when it is complete. `--cut_at_newline` is how the paper samples the public sets [Appendix D].
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from instructgpt_trl.data import InputError, encode_completion, encode_prompt, load_rows
+
+Row = dict[str, Any]
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a policy (full or an adapter), or hub id")
+    parser.add_argument("--prompts", required=True, help="rows with `prompt`: .jsonl, .csv, .parquet or a hub id")
+    parser.add_argument("--output", required=True, type=Path, help="JSON Lines file to write")
+    parser.add_argument("--samples", type=int, default=1, help="completions a prompt")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest completion in tokens")
+    parser.add_argument("--cut_at_newline", action="store_true", help="a completion ends before its first newline")
+    parser.add_argument("--batch_size", type=int, default=8, help="completions at a time")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling; each batch has one of its own")
+    return parser.parse_args(argv)
+
+
+class Policy:
+    """
+    A policy that completes prompts.
+
+    Args:
+        path (`str`): Folder of a full model or an adapter, or hub id.
+        batch_size (`int`): Completions at a time.
+        max_new_tokens (`int`): Tokens of one at most.
+        temperature (`float`): 0 is greedy; above, from the whole distribution.
+        cut_at_newline (`bool`): A completion ends before its first newline, as the paper has it for public sets.
+        seed (`int`): Of the sampling; each batch starts from it and its place, so that a stop before it does not matter.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        batch_size: int = 8,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        cut_at_newline: bool = False,
+        seed: int = 0,
+    ):
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map=device).eval()
+        self.batch_size, self.max_new_tokens, self.temperature = batch_size, max_new_tokens, temperature
+        self.cut_at_newline, self.seed = cut_at_newline, seed
+
+    def complete(self, prompts: Sequence[Any], name: str = "completions") -> list[str]:
+        """A completion of each prompt, strings or conversations: texts without special tokens or space around them."""
+        starts = tqdm(range(0, len(prompts), self.batch_size), desc=name)
+        return [text for start in starts for text in self.batch(prompts[start : start + self.batch_size], start)]
+
+    def batch(self, prompts: Sequence[Any], start: int) -> list[str]:
+        """The completions of prompts that begin at `start` of all, at once."""
+        encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        longest = max(map(len, encoded))
+        pad = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+        greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+        set_seed(self.seed + start)
+        with torch.inference_mode():
+            out = self.model.generate(
+                input_ids=self._tensor([[pad] * (longest - len(ids)) + ids for ids in encoded]),
+                attention_mask=self._tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in encoded]),
+                max_new_tokens=self.max_new_tokens,
+                pad_token_id=pad,
+                eos_token_id=sorted({end for prompt in prompts for end in self._ends(prompt)}),
+                **({"stop_strings": ["\n"], "tokenizer": self.tokenizer} if self.cut_at_newline else {}),
+                **(sampling if self.temperature > 0 else greedy),
+            )
+        texts = self.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+        return [(text.split("\n")[0] if self.cut_at_newline else text).strip() for text in texts]
+
+    def _tensor(self, rows: list[list[int]]) -> torch.Tensor:
+        return torch.tensor(rows, device=self.model.device)
+
+    def _ends(self, prompt: Any) -> set[int]:
+        """What the model's config ends at, and what an answer to this prompt ends at in training."""
+        own = self.model.generation_config.eos_token_id
+        of_training = encode_completion(self.tokenizer, prompt, "a")[-1]
+        return {*(own if isinstance(own, list) else [own]), of_training} - {None}
+
+
+def write_completions(rows: list[Row], output: Path, settings: dict[str, Any], policy: Policy) -> None:
+    """
+    Write `rows`, each with the policy's completion, going on behind those of an earlier run.
+
+    Raises:
+        [`InputError`]: the output is there already, or was begun with other settings or prompts.
+    """
+    if output.exists():
+        raise InputError(f"{output}: is there already; delete it or choose another --output")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part = output.with_name(output.name + ".part")
+    done = _done(part, settings)
+    with part.open("a", encoding="utf-8") as file, tqdm(total=len(rows), initial=done, desc=output.stem) as bar:
+        if not part.stat().st_size:
+            _write(file, [{"settings": settings}])
+        for start in range(done, len(rows), policy.batch_size):
+            batch = rows[start : start + policy.batch_size]
+            texts = policy.batch([row["prompt"] for row in batch], start)
+            _write(file, [{**row, "completion": text} for row, text in zip(batch, texts, strict=True)])
+            bar.update(len(batch))
+    lines = part.read_text(encoding="utf-8").split("\n")
+    whole = part.with_suffix(".whole")
+    whole.write_text("\n".join(lines[1:]), encoding="utf-8")
+    whole.replace(output)
+    part.unlink()
+
+
+def _write(file: Any, rows: list[Row]) -> None:
+    file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _done(part: Path, settings: dict[str, Any]) -> int:
+    """Rows in a begun file, from which a last line that was not written to its end is cut."""
+    if not part.exists():
+        return 0
+    text = part.read_bytes()
+    kept = text[: text.rfind(b"\n") + 1]
+    if len(kept) < len(text):
+        part.write_bytes(kept)
+    lines = kept.decode("utf-8").split("\n")[:-1]
+    if not lines:
+        return 0
+    begun = json.loads(lines[0])["settings"]
+    other = [name for name in settings if begun.get(name) != settings[name]]
+    if other:
+        raise InputError(
+            f"{part}: was begun with other {', '.join(other)} ({', '.join(str(begun.get(n)) for n in other)}); "
+            f"delete it, or choose another --output"
+        )
+    return len(lines) - 1
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    try:
+        prompts = load_rows(args.prompts, "prompt")
+        rows = [{**row, **({"sample": n} if args.samples > 1 else {})} for row in prompts for n in range(args.samples)]
+        names = (
+            "model",
+            "prompts",
+            "samples",
+            "temperature",
+            "max_new_tokens",
+            "cut_at_newline",
+            "batch_size",
+            "seed",
+        )
+        settings = {name: getattr(args, name) for name in names} | {"rows": len(rows)}
+        own = ("batch_size", "max_new_tokens", "temperature", "cut_at_newline", "seed")
+        policy = Policy(args.model, **{name: getattr(args, name) for name in own})
+        write_completions(rows, args.output, settings, policy)
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"completions: {args.output} ({len(rows)} rows)")
+
+
+if __name__ == "__main__":
+    main()

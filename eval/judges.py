@@ -1,0 +1,157 @@
+"""
+Who says which of two completions is better: a reward model, an OpenAI-compatible endpoint, or a Python function.
+
+A judge takes comparisons and gives for each how much it prefers the first, 1, 0, or between (0.5 is a tie), or None
+where it failed. `make_judge` reads `reward_model:DIR`, `openai:MODEL@URL` and `python:FILE.py:FUNCTION`.
+"""
+
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from instructgpt_trl.data import InputError
+
+
+class Comparison(NamedTuple):
+    """Two completions of a prompt, which is a string or a conversation."""
+
+    prompt: Any
+    first: str
+    second: str
+
+
+Judge = Callable[[Sequence[Comparison]], list[float | None]]
+
+QUESTION = """Below are an instruction and two answers to it. Which answer is better: more helpful, truthful and \
+harmless? Neither the order of the answers nor their length counts.
+
+[Instruction]
+{prompt}
+
+[Answer A]
+{first}
+
+[Answer B]
+{second}
+
+Reply with one word: A, B, or tie."""
+
+
+def make_judge(name: str) -> Judge:
+    """
+    The judge of that name.
+
+    Raises:
+        [`InputError`]: there is no such kind, or it cannot be loaded.
+    """
+    kind, _, rest = name.partition(":")
+    makers = {"reward_model": _reward_model, "openai": _openai, "python": _python}
+    if kind not in makers or not rest:
+        raise InputError(f"judge '{name}': expected reward_model:DIR, openai:MODEL@URL or python:FILE.py:FUNCTION")
+    return makers[kind](rest)
+
+
+def by_scores(score: Callable[[list[Any], list[str]], list[float]]) -> Judge:
+    """The completion of the higher score is preferred; each is scored once."""
+
+    def judge(comparisons: Sequence[Comparison]) -> list[float | None]:
+        each = [(one.prompt, text) for one in comparisons for text in (one.first, one.second)]
+        known = {repr(key): key for key in each}
+        scores = score([prompt for prompt, _ in known.values()], [text for _, text in known.values()])
+        of = dict(zip(known, scores, strict=True))
+        pairs = ((of[repr((c.prompt, c.first))], of[repr((c.prompt, c.second))]) for c in comparisons)
+        return [_preference(first, second) for first, second in pairs]
+
+    return judge
+
+
+def _preference(first: float, second: float) -> float | None:
+    return None if first != first or second != second else (first > second) + 0.5 * (first == second)
+
+
+def _reward_model(path: str) -> Judge:
+    from instructgpt_trl import RewardModel
+
+    return by_scores(RewardModel.from_pretrained(path).score)
+
+
+def load_function(name: str) -> Callable[..., Any]:
+    """
+    The function of `FILE.py:FUNCTION`.
+
+    Raises:
+        [`InputError`]: the file is not there, or has no such function.
+    """
+    file, _, function = name.rpartition(":")
+    if not Path(file).is_file():
+        raise InputError(f"judge 'python:{name}': no file '{file}'; expected python:FILE.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location("judge", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise InputError(f"judge 'python:{name}': {file} has no function '{function}'")
+    return getattr(module, function)
+
+
+def _python(name: str) -> Judge:
+    """`FUNCTION(prompt, first, second)` gives a number from 0 to 1; an exception is a failed judgement."""
+    return partial(_each, load_function(name))
+
+
+def _each(function: Callable[[Any, str, str], float], comparisons: Sequence[Comparison]) -> list[float | None]:
+    return [asked(function, one) for one in tqdm(comparisons, desc="judge")]
+
+
+def asked(function: Callable[..., float], of: Sequence[Any]) -> float | None:
+    """What `function(*of)` says, a number from 0 to 1, or None: whatever it raises, other judgements count."""
+    try:
+        found = float(function(*of))
+    except Exception:
+        return None
+    return found if 0 <= found <= 1 else None
+
+
+def _openai(name: str) -> Judge:
+    """Each comparison is asked in both orders, and the mean is the preference; OPENAI_API_KEY is sent if it is set."""
+    from huggingface_hub import InferenceClient
+
+    model, _, url = name.rpartition("@")
+    if not model or not url.startswith(("http://", "https://")):
+        raise InputError(
+            f"judge 'openai:{name}': expected openai:MODEL@URL, as in openai:gpt@http://127.0.0.1:8000/v1"
+        )
+    client = InferenceClient(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=120)
+
+    def ask(prompt: Any, first: str, second: str) -> float:
+        text = QUESTION.format(prompt=as_text(prompt), first=first, second=second)
+        answer = client.chat_completion(
+            [{"role": "user", "content": text}], model=model, max_tokens=8, temperature=0.0
+        )
+        return {"a": 1.0, "b": 0.0, "tie": 0.5}[_word(answer.choices[0].message.content)]
+
+    def in_both_orders(prompt: Any, first: str, second: str) -> float:
+        return (ask(prompt, first, second) + 1 - ask(prompt, second, first)) / 2
+
+    def judge(comparisons: Sequence[Comparison]) -> list[float | None]:
+        with ThreadPoolExecutor(8) as pool:
+            found = pool.map(partial(asked, in_both_orders), comparisons)
+            return list(tqdm(found, total=len(comparisons), desc="judge"))
+
+    return judge
+
+
+def _word(text: str) -> str:
+    """The one word of an answer, without marks around it."""
+    return re.sub(r"\W+", " ", text).strip().lower()
+
+
+def as_text(prompt: Any) -> str:
+    """A conversation as `role: content` lines."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
