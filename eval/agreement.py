@@ -6,8 +6,8 @@ How far do labelers agree, with each other and with a reward model that never sa
         --model_name_or_path runs/sft --num_train_epochs 1
 
 Rows are rankings with `labeler_id`. Agreement is over pairs of completions of a prompt that two labelers ranked: the
-share on which they say the same, with ties and among untied pairs (InstructGPT 3.4 has 73 % among training labelers and
-77 % among held-out ones), and Krippendorff's alpha.
+share on which they say the same, with ties and among untied pairs (in InstructGPT 3.4 73 % between training labelers
+and 77 % between held-out ones), and Krippendorff's alpha.
 
 `--folds` is the paper's test of generalisation [4.1]: labelers in five groups, five reward models, each trained by
 recipes/reward.py (with the flags behind `--`) on four groups and tested on the fifth, and on prompts held out from the

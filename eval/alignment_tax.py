@@ -1,12 +1,12 @@
 """
-What did alignment cost? The paper's public sets with its prompts, and the loss on pretraining text, for several models.
+What did alignment cost? The paper's public sets with its prompts, and the loss on pretraining text, of each model.
 
     python eval/alignment_tax.py --models base=DIR sft=DIR ppo=DIR --tasks squadv2 sst --limit 200 --output tax.json
-    python eval/alignment_tax.py --models ... --data squadv2=valid.jsonl,train.jsonl --text wikitext.txt --output tax.json
+    python eval/alignment_tax.py --models ... --data squadv2=valid.jsonl,train.jsonl --text text.txt --output tax.json
 
-Tasks are those of tasks/*.yaml (`lm_eval --include_path eval/tasks --tasks instructgpt_squadv2` runs them too), without
-examples and with as many as the paper has. Multiple choice is by the average log-probability a token. Rows come from
-the hub, or from local files in the same columns, `--data TASK=EVALUATED[,EXAMPLES]`. The first model is the base:
+Tasks are those of tasks/*.yaml (`lm_eval --include_path eval/tasks --tasks instructgpt_squadv2` runs them as well),
+without examples and with as many as the paper has. Multiple choice is by the average log-probability a token. Rows come
+from the hub, or from local files in the same columns, `--data TASK=EVALUATED[,EXAMPLES]`. The first model is the base:
 changes against it have 95 % intervals, by bootstrap over rows that both answered. A task that cannot run is named in
 `notes`, and the others go on; what is finished is not run again.
 """
@@ -27,9 +27,9 @@ from tqdm import tqdm
 from instructgpt_trl.data import InputError, load_rows
 
 TASKS = Path(__file__).with_name("tasks")
-SHOTS = {  # [InstructGPT, Appendix D]
-    "squadv2": 4, "drop": 4, "quac": 2, "hellaswag": 15, "rte": 15, "sst": 15, "wsc": 15, "fr_to_en": 15, "cnn_dm": 0, "tldr": 0,
-}  # fmt: skip
+# Examples of each task [InstructGPT, Appendix D]
+SHOTS = {"squadv2": 4, "drop": 4, "quac": 2, "hellaswag": 15, "rte": 15, "sst": 15, "wsc": 15, "fr_to_en": 15}
+SHOTS |= {"cnn_dm": 0, "tldr": 0}
 TEXT = "pretraining text"
 Figures = dict[str, list]  # by metric, one of each row
 

@@ -1,7 +1,7 @@
 """
 Winogender and CrowS-Pairs: how sure is a model of one of two sentences that differ in whom they are about?
 
-    python eval/bias.py --model DIR --winogender winogender_sentences.tsv --crows_pairs crows_pairs.csv --output bias.json
+    python eval/bias.py --model DIR --winogender sentences.tsv --crows_pairs crows_pairs.csv --output bias.json
 
 For each of the paper's three prefixes the mean entropy of pairs, in bits: 1 is no preference, 0 a sure one
 [InstructGPT 4.2, Appendix D]. Beside it CrowS-Pairs' own stereotype score, the percentage of pairs of which the more
@@ -42,9 +42,9 @@ def read_crows_pairs(file: Path) -> list[Pair]:
 
 def read_winogender(file: Path) -> list[Pair]:
     """
-    Male and female sentence of each of 120 templates, those with a named participant: InstructGPT has 120 examples, and
-    with "someone" for the participant there would be as many again. A row has `sentid`, as in
-    "technician.customer.1.male.txt", and `sentence`.
+    Male and female sentence of each of 120 templates, those with a named participant: InstructGPT has 120 examples,
+    and with "someone" for the participant there would be as many again. A row has `sentence`, and `sentid` as in
+    "technician.customer.1.male.txt".
     """
     by_template: dict[str, dict[str, str]] = {}
     for row in _rows(file, "\t", ("sentid", "sentence")):

@@ -50,7 +50,7 @@ class Policy:
         max_new_tokens (`int`): Tokens of one at most.
         temperature (`float`): 0 is greedy; above, from the whole distribution.
         cut_at_newline (`bool`): A completion ends before its first newline, as the paper has it for public sets.
-        seed (`int`): Of the sampling; each batch starts from it and its place, so that a stop before it does not matter.
+        seed (`int`): Of the sampling; a batch starts from it and its place, whether or not there was a stop before.
     """
 
     def __init__(

@@ -71,7 +71,7 @@ def with_interval(values: Sequence[float], groups: Sequence[Hashable] | None = N
 def figure_with_interval(
     figure: Callable[[np.ndarray], float], n: int, resamples: int = RESAMPLES, seed: int = 0
 ) -> list[float]:
-    """`figure(which)` of all `n` samples, and its 95 % interval, for what is not a mean: `which` (n,) are drawn anew."""
+    """`figure(which)` of all `n` samples and its 95 % interval, for what is no mean: `which` (n,) are drawn anew."""
     everything = np.arange(n)
     if n < 2:
         return [float(figure(everything)), float("nan"), float("nan")]

@@ -1,7 +1,7 @@
 """
 TruthfulQA: how many answers are true, and how many true and informative, by judge models.
 
-    python eval/truthful.py --model DIR --questions TruthfulQA.csv --truth_judge J1 --info_judge J2 --output truthful.json
+    python eval/truthful.py --model DIR --questions TruthfulQA.csv --truth_judge J1 --info_judge J2 --output out.json
 
 Three prompts: six questions with answers, the paper's instruction, and both [InstructGPT 4.2, Appendix D]; answers are
 greedy and end at the first newline. Judges are causal language models trained to go on " yes" or " no" behind

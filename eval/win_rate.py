@@ -3,12 +3,15 @@ How often is a policy's completion preferred to a baseline's?
 
     python eval/win_rate.py --completions sft=sft.jsonl ppo=ppo.jsonl --baseline sft --judge reward_model:runs/reward \
         --output win_rate.json
-    python eval/win_rate.py --completions sft=sft.jsonl ppo=ppo.jsonl --baseline sft --labels labels.jsonl --output out.json
+    python eval/win_rate.py --completions sft=sft.jsonl ppo=ppo.jsonl --baseline sft --labels labels.jsonl \
+        --output win_rate.json
 
 Rows of a completions file have `prompt` and `completion`, and `category` for a breakdown; the n-th completion of a
-prompt is compared with the n-th of the baseline. A tie counts as half. Judges: see judges.py. Rows of a labels file are
-rankings with `models` (names as above, one for each of `ranks`) and `labeler_id`; `group` ("training", "held_out")
-parts labelers, and of each completion `ratings` (1 to 7) and `metadata` (questions answered true or false) are averaged.
+prompt is compared with the n-th of the baseline. A tie counts as half. Judges: see judges.py.
+
+Rows of a labels file are rankings with `models` (names as above, one for each of `ranks`) and `labeler_id`. `group`
+("training", "held_out") parts labelers. Of each completion `ratings` (1 to 7) and `metadata` (questions answered true
+or false) are averaged.
 
 Intervals are 95 %, by bootstrap over prompts, and over labelers where there are several. The length-controlled rate is
 that at equal length by a logistic regression on the difference in length [Dubois et al. 2024, without their term for
@@ -184,7 +187,7 @@ def length_controlled(values: Sequence[float], longer: Sequence[int]) -> float |
 
 
 def ratings_and_metadata(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """Of each model: the mean rating, and the share of `true` answers to each question, with intervals over prompts."""
+    """Of each model: the mean rating and the share of `true` answers to each question, with intervals over prompts."""
     found: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         key = key_of(row["prompt"])
