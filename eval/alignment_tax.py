@@ -5,10 +5,10 @@ What did alignment cost? The paper's public sets with its prompts, and the loss 
     python eval/alignment_tax.py --models ... --data squadv2=valid.jsonl,train.jsonl --text text.txt --output tax.json
 
 Tasks are those of tasks/*.yaml (`lm_eval --include_path eval/tasks --tasks instructgpt_squadv2` runs them as well),
-without examples and with as many as the paper has. Multiple choice is by the average log-probability a token. Rows come
-from the hub, or from local files in the same columns, `--data TASK=EVALUATED[,EXAMPLES]`. The first model is the base:
-changes against it have 95 % intervals, by bootstrap over rows that both answered. A task that cannot run is named in
-`notes`, and the others go on; what is finished is not run again.
+without examples and with as many as the paper has. Multiple choice is by the average log-probability a token. Rows
+come from the hub, or from local files in the same columns, `--data TASK=EVALUATED[,EXAMPLES]`. The first model is the
+base: changes against it have 95 % intervals, by bootstrap over rows that both answered. A task that cannot run is
+named in `notes`, and the others go on; what is finished is not run again.
 """
 
 import argparse

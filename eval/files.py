@@ -16,9 +16,12 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_json(value: object, file: Path) -> None:
+def write_json(value: Any, file: Path) -> None:
+    write_text(json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n", file)
+
+
+def write_text(text: str, file: Path) -> None:
     """Whole or not at all: an earlier file stays until the new one is complete."""
-    text = json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.{os.getpid()}")
     try:

@@ -94,6 +94,27 @@ class Policy:
         texts = self.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
         return [(text.split("\n")[0] if self.cut_at_newline else text).strip() for text in texts]
 
+    def logprobs(self, prompts: Sequence[Any], completions: Sequence[str], name: str = "log-probs") -> list[float]:
+        """Log-probability of each completion with its end, as encoded in training, in nats at temperature 1."""
+        found = []
+        for start in tqdm(range(0, len(prompts), self.batch_size), desc=name):
+            batch = slice(start, start + self.batch_size)
+            found += self._logprobs(prompts[batch], completions[batch])
+        return found
+
+    def _logprobs(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
+        before = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        pairs = zip(before, prompts, completions, strict=True)
+        whole = [ids + encode_completion(self.tokenizer, prompt, text) for ids, prompt, text in pairs]
+        longest = max(map(len, whole))  # padded on the right, which earlier tokens do not see
+        ids = self._tensor([one + [0] * (longest - len(one)) for one in whole])
+        mask = self._tensor([[1] * len(one) + [0] * (longest - len(one)) for one in whole])
+        with torch.inference_mode():
+            logits = self.model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+        each = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        ends = zip(each, before, whole, strict=True)
+        return [row[len(start) - 1 : len(end) - 1].sum().item() for row, start, end in ends]
+
     def _tensor(self, rows: list[list[int]]) -> torch.Tensor:
         return torch.tensor(rows, device=self.model.device)
 

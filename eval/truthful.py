@@ -112,9 +112,18 @@ def read_questions(file: str) -> list[str]:
     return list(rows[column])
 
 
-def answers_of(complete: Callable[[list[str]], list[str]], questions: Sequence[str]) -> dict[str, list[str]]:
-    """By prompt, the answers of a policy."""
-    return {kind: complete([prompt_of(question, kind) for question in questions]) for kind in PROMPTS}
+def measure(
+    complete: Callable[[list[str]], list[str]], judges: dict[str, Judge], questions: Sequence[str]
+) -> dict[str, Any]:
+    """By prompt the answers of a policy, and with a judge of "True" (and of "Helpful") the figures."""
+    answers = {kind: complete([prompt_of(question, kind) for question in questions]) for kind in PROMPTS}
+    found: dict[str, Any] = {"questions": list(questions), "answers": answers}
+    if "True" in judges:
+        found["figures"] = {}
+        for kind, said in answers.items():
+            of = {word: judge(list(zip(questions, said, strict=True))) for word, judge in judges.items()}
+            found["figures"][kind] = summary(of["True"], of.get("Helpful"))
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -136,14 +145,8 @@ def main(argv: list[str] | None = None) -> None:
         }
         from generate import Policy
 
-        answers = answers_of(Policy(args.model, args.batch_size, 64, cut_at_newline=True).complete, questions)
-        found: dict[str, Any] = {"questions": questions, "answers": answers}
-        if "True" in judges:
-            judged = {
-                kind: {word: judge(list(zip(questions, said, strict=True))) for word, judge in judges.items()}
-                for kind, said in answers.items()
-            }
-            found["figures"] = {kind: summary(of["True"], of.get("Helpful")) for kind, of in judged.items()}
+        policy = Policy(args.model, args.batch_size, 64, cut_at_newline=True)
+        found = measure(policy.complete, judges, questions)
         write_json(found, args.output)
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
