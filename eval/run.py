@@ -5,10 +5,10 @@ The paper's questions about one or several policies, in one run: preferred? trut
         --judge reward_model:DIR --text wikitext.txt --winogender sentences.tsv --crows_pairs crows_pairs.csv
 
 Parts run as far as they are given what they need: preference (`--prompts`, and `--judge` or `--labels`), truthfulness
-(`--questions`, or the hub's), toxicity (`--scorer`), bias (its two files), the alignment tax (`--data`, the hub's rows,
-`--text`), overoptimisation (`--run` and `--reward_model`). `quick` takes a few rows of each and no examples in front of
-the public sets, `paper` the paper's numbers. A part that fails is named in the report and the others go on; called
-again, the run does what is not there yet. The report is report.html, report.md and report.json in the output folder.
+(`--questions`), toxicity (`--scorer`), bias (its two files), the alignment tax (`--tasks`, `--data`, `--text`) and
+overoptimisation (`--run`, `--reward_model`). `quick` takes a few rows of each and no examples in front of the public
+sets, `paper` the paper's numbers. A part that fails is named in the report and the others go on; called again, the run
+does what is not there yet. The report is report.html, report.md and report.json in the output folder.
 """
 
 import argparse
