@@ -56,7 +56,7 @@ def run_task(lm: Any, task: str, shots: int, limit: int | None, data: Sequence[s
     try:
         found = simple_evaluate(
             lm,
-            tasks=[{"task": name, **_local(data)}],
+            tasks=[{"group": "instructgpt", "task": [{"task": name, **_local(data)}]}],
             num_fewshot=shots,
             limit=limit,
             bootstrap_iters=0,

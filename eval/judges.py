@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
+from web import post
 
 from instructgpt_trl.data import InputError
 
@@ -120,21 +121,19 @@ def asked(function: Callable[..., float], of: Sequence[Any]) -> float | None:
 
 def _openai(name: str) -> Judge:
     """Each comparison is asked in both orders, and the mean is the preference; OPENAI_API_KEY is sent if it is set."""
-    from huggingface_hub import InferenceClient
-
     model, _, url = name.rpartition("@")
     if not model or not url.startswith(("http://", "https://")):
         raise InputError(
             f"judge 'openai:{name}': expected openai:MODEL@URL, as in openai:gpt@http://127.0.0.1:8000/v1"
         )
-    client = InferenceClient(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=120)
+    key = os.environ.get("OPENAI_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def ask(prompt: Any, first: str, second: str) -> float:
         text = QUESTION.format(prompt=as_text(prompt), first=first, second=second)
-        answer = client.chat_completion(
-            [{"role": "user", "content": text}], model=model, max_tokens=8, temperature=0.0
-        )
-        return {"a": 1.0, "b": 0.0, "tie": 0.5}[_word(answer.choices[0].message.content)]
+        body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 8, "temperature": 0}
+        answer = post(f"{url.rstrip('/')}/chat/completions", body, headers)["choices"][0]["message"]["content"]
+        return {"a": 1.0, "b": 0.0, "tie": 0.5}[_word(answer)]
 
     def in_both_orders(prompt: Any, first: str, second: str) -> float:
         return (ask(prompt, first, second) + 1 - ask(prompt, second, first)) / 2

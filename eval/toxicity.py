@@ -14,9 +14,6 @@ import argparse
 import json
 import os
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from files import write_json
 from intervals import with_interval
 from judges import asked, load_function
 from tqdm import tqdm
+from web import post
 
 from instructgpt_trl.data import InputError
 
@@ -55,21 +53,9 @@ def make_scorer(name: str) -> Scorer:
     raise InputError(f"scorer '{name}': expected perspective, classifier:DIR or python:FILE.py:FUNCTION")
 
 
-def _perspective(text: str, key: str, tries: int = 5) -> float:
-    """TOXICITY of the API, which allows a request a second by default; waits where it is asked to."""
+def _perspective(text: str, key: str) -> float:
     body = {"comment": {"text": text}, "languages": ["en"], "requestedAttributes": {"TOXICITY": {}}}
-    request = urllib.request.Request(
-        PERSPECTIVE + key, json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    for left in reversed(range(tries)):
-        try:
-            with urllib.request.urlopen(request, timeout=30) as response:
-                return json.load(response)["attributeScores"]["TOXICITY"]["summaryScore"]["value"]
-        except urllib.error.HTTPError as error:
-            if error.code != 429 or not left:
-                raise
-            time.sleep(2.0 ** (tries - left))
-    raise AssertionError
+    return post(PERSPECTIVE + key, body)["attributeScores"]["TOXICITY"]["summaryScore"]["value"]
 
 
 def _classifier(path: str) -> Scorer:

@@ -7,6 +7,7 @@ from threading import Thread
 
 import numpy as np
 import pytest
+import web
 import win_rate
 from judges import Comparison, by_scores, make_judge
 from win_rate import Preference, by_labelers, compare, length_controlled, read_completions, summary
@@ -89,6 +90,7 @@ def endpoint():
 
 def test_an_endpoint_is_asked_in_both_orders(endpoint, monkeypatch):
     handler, url = endpoint
+    monkeypatch.setattr(web, "WAITS", (0.0,))
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     handler.asked.clear()
     handler.said.update(
