@@ -62,7 +62,8 @@ def _classifier(path: str) -> Scorer:
     from transformers import pipeline
 
     classify = pipeline("text-classification", path, top_k=None)
-    labels = [label for label in classify.model.config.label2id if label.lower() in ("toxic", "toxicity")]
+    known = list(classify.model.config.id2label.values())
+    labels = [label for label in known if label.lower() in ("toxic", "toxicity")]
     if not labels:
         raise InputError(
             f"scorer 'classifier:{path}': no label 'toxic'; found {', '.join(classify.model.config.label2id)}"

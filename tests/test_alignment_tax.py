@@ -51,10 +51,12 @@ PROMPTS = {  # what a model goes on from, and what it is taken to say: the answe
     ),
     "quac": (
         "Answer each question using information in the preceding background paragraph.\n"
-        'If there is not enough information provided, answer with "I don\'t know."\n\nTITLE: T\n\nPARAGRAPH: C.\n\nQ: Q1?\n\nA: one\n\nQ: Q2?\n\nA:'
+        'If there is not enough information provided, answer with "I don\'t know."\n\n'
+        "TITLE: T\n\nPARAGRAPH: C.\n\nQ: Q1?\n\nA: one\n\nQ: Q2?\n\nA:"
     ),
     "wsc": (
-        "Final Exam with Answer Key\nInstructions: Please carefully read the following passages. For each passage, you "
+        "Final Exam with Answer Key\n"
+        "Instructions: Please carefully read the following passages. For each passage, you "
         "must identify which noun the pronoun marked in bold refers to.\n\nPassage: Ann saw Eve, *she* ran.\n\n"
         'Question: In the passage above, what does the pronoun "*she*" refer to?\n\nAnswer:'
     ),

@@ -30,8 +30,8 @@ from datasets import Dataset
 from evaluation import mean_gold, mean_kl, pretraining_loss, sample, win_rate
 from gold import gold_reward
 from labelers import AGREEMENT, accuracy, agreement, make_labelers, rank_all, set_noise
-from progress import Bar, Progress
 from page import print_table, write_report
+from progress import Bar, Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from world import World, make_world
 

@@ -1,0 +1,197 @@
+"""The whole evaluation on tiny models: every part in the report, a failing part alone, and nothing done twice."""
+
+import base64
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+import report
+from conftest import make_llama
+from report import Panel, markdown, panels, picture, shown, write_report
+
+
+def load_run():
+    """eval/run.py under a name of its own: the demo has a run.py too."""
+    file = Path(report.__file__).with_name("run.py")
+    spec = importlib.util.spec_from_file_location("eval_run", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+eval_run = load_run()
+FOUND = {
+    "preference": {
+        "baseline": "sft",
+        "models": {
+            "ppo": {
+                "win_rate": [0.75, 0.6, 0.9], "length_controlled": 0.6, "n": 20,
+                "by_category": {"chat": {"n": 0}, "qa": {"win_rate": [0.8, None, None], "n": 1}},
+            },
+            "none": {"n": 0},
+        },
+        "means": {"ppo": {"rating": [5.0, 4.0, 6.0, 9], "hedges <b>": [0.1, 0.0, 0.2, 9]}},
+    },
+    "bias": {"sft": {"crows_pairs": {"basic": {"entropy": [0.4, 0.3, 0.5], "stereotype_score": [60.0, 55.0, 65.0]}}}},
+    "truthfulness": {"ppo": {"figures": {"QA prompt": {"true": [0.5, 0.4, 0.6]}}}, "sft": {"answers": {}}},
+    "toxicity": {"ppo": {"basic": {"toxicity": [0.2, 0.1, 0.3], "toxic_share": [0.1, 0.0, 0.2]}}},
+    "alignment tax": {
+        "base": "sft",
+        "tasks": {
+            "sst, 0-shot": {
+                "acc": {
+                    "sft": {"value": [0.9, 0.8, 1.0]},
+                    "ppo": {"value": [0.7, 0.6, 0.8], "change": [-0.2, -0.3, -0.1]},
+                }
+            }
+        },
+    },
+}  # fmt: skip
+
+
+def test_panels_of_every_part():
+    found = {(panel.part, panel.title): panel for panel in panels(FOUND)}
+    against = "win rate against sft"
+    assert found["Preference", against].rows == {
+        "all prompts": {"ppo": [0.75, 0.6, 0.9]},
+        "at equal length": {"ppo": [0.6]},
+    }
+    assert found["Preference", f"{against}, by use case"].rows == {"qa": {"ppo": [0.8, None, None]}}
+    assert found["Preference", "rating (1 to 7)"].rows == {"rating": {"ppo": [5.0, 4.0, 6.0]}}
+    assert found["Alignment tax", "accuracy, change against sft"].rows == {"sst, 0-shot": {"ppo": [-0.2, -0.3, -0.1]}}
+    assert found["Alignment tax", "accuracy"].rows["sst, 0-shot"]["sft"] == [0.9, 0.8, 1.0]
+    assert found["Truthfulness", "TruthfulQA: share true"].rows == {"QA prompt": {"ppo": [0.5, 0.4, 0.6]}}
+    assert {part for part, _ in found} == {"Preference", "Bias", "Truthfulness", "Toxicity", "Alignment tax"}
+
+
+def test_figures_as_text():
+    assert shown([0.12345, 0.1, 0.2]) == "0.123 [0.100, 0.200]" and shown([61.23, 55.0, 65.0]) == "61.2 [55.0, 65.0]"
+    assert shown([0.5]) == "0.500" == shown([0.5, None, None]) and shown(None) == "" == shown([None, None, None])
+
+
+def test_the_page_is_one_file_and_escapes(tmp_path):
+    found = {"models": {"sft": "a&b", "ppo": "x"}, "suite": "quick", "parts": FOUND, "notes": ["bad <script>"]}
+    write_report(tmp_path, found)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page and "bad &lt;script&gt;" in page and "a&amp;b" in page and "hedges &lt;b&gt;" in page
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    pictures = re.findall(r'base64,([^"]+)"', page)
+    assert len(pictures) == len(list(panels(FOUND)))
+    assert all(base64.b64decode(one)[:4] == b"\x89PNG" for one in pictures)
+    assert json.loads((tmp_path / "report.json").read_text()) == found
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| sst, 0-shot | 0.900 [0.800, 1.000] | 0.700 [0.600, 0.800] |" in text and "- bad <script>" in text
+
+
+def test_one_model_and_many_rows_can_be_drawn():
+    panel = Panel("p", "t", {f"row {i}": {"a": [float(i), i - 1.0, i + 1.0]} for i in range(30)})
+    assert base64.b64decode(picture(panel, ["a"]))[:4] == b"\x89PNG"
+    assert markdown({"models": {"a": "x"}, "notes": []}, [panel]).count("\n| row") == 30
+
+
+@pytest.fixture
+def stage(tmp_path, tokenizer):
+    for name, seed in (("base", 0), ("sft", 1)):
+        make_llama(seed, max_position_embeddings=2048).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    rows = [{"prompt": f"p{i}", "category": "qa" if i % 2 else "chat"} for i in range(6)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "judge.py").write_text(
+        "def judge(prompt, first, second):\n    return 0.5 + 0.5 * (first > second) - 0.5 * (first < second)\n"
+        "def toxic(text):\n    return 0.25\n"
+        "def true(question, answer):\n    return 1.0\n"
+    )
+    (tmp_path / "q.csv").write_text("Question\nWhy?\nHow?\n")
+    (tmp_path / "crows.csv").write_text("sent_more,sent_less\nab,ac\nbd,cd\n")
+    (tmp_path / "text.txt").write_text("some text\nmore text\n")
+    (tmp_path / "sst.jsonl").write_text('{"sentence": "good", "label": 1}\n{"sentence": "bad", "label": 0}\n')
+    return tmp_path
+
+
+def flags(stage, **changed) -> list[str]:
+    python = f"python:{stage / 'judge.py'}"
+    given = {
+        "models": [f"base={stage / 'base'}", f"sft={stage / 'sft'}"],
+        "output": [str(stage / "out")],
+        "prompts": [str(stage / "prompts.jsonl")],
+        "judge": [f"{python}:judge"],
+        "questions": [str(stage / "q.csv")],
+        "truth_judge": [f"{python}:true"],
+        "scorer": [f"{python}:toxic"],
+        "toxicity_prompts": [str(stage / "prompts.jsonl")],
+        "crows_pairs": [str(stage / "crows.csv")],
+        "data": [f"sst={stage / 'sst.jsonl'}"],
+        "text": [str(stage / "text.txt")],
+        "max_new_tokens": ["4"],
+        **changed,
+    }
+    return [one for name, values in given.items() if values for one in (f"--{name}", *values)]
+
+
+def test_everything_in_one_run_and_not_twice(stage, capsys, monkeypatch):
+    eval_run.main(flags(stage))
+    found = json.loads((stage / "out" / "report.json").read_text())
+    assert list(found["parts"]) == ["preference", "truthfulness", "toxicity", "bias", "alignment tax"]
+    assert (
+        found["parts"]["preference"]["baseline"] == "sft" and found["parts"]["preference"]["models"]["base"]["n"] == 6
+    )
+    assert found["parts"]["toxicity"]["sft"]["biased"]["toxicity"] == [0.25] * 3
+    assert set(found["parts"]["alignment tax"]["tasks"]) == {"sst, 0-shot", "pretraining text"}
+    assert [note.split(":")[0] for note in found["notes"]] == ["overoptimisation"]
+    assert "report: " in capsys.readouterr().out
+    import generate
+    import language_model
+
+    for owner in (generate.Policy, language_model.LanguageModel):
+        monkeypatch.setattr(owner, "__init__", None)  # no model is loaded again
+    eval_run.main(flags(stage))
+    assert json.loads((stage / "out" / "report.json").read_text()) == found
+
+
+def test_a_part_that_fails_is_named_and_the_others_are_there(stage):
+    changed = {"judge": ["python:gone.py:judge"], "crows_pairs": [str(stage / "q.csv")], "data": ["sst=gone.jsonl"]}
+    eval_run.main(flags(stage, **changed))
+    found = json.loads((stage / "out" / "report.json").read_text())
+    assert list(found["parts"]) == ["truthfulness", "toxicity", "alignment tax"]
+    assert set(found["parts"]["alignment tax"]["tasks"]) == {"pretraining text"}
+    notes = "\n".join(found["notes"])
+    for text in ("no file 'gone.py'", "no column sent_more", "gone.jsonl"):
+        assert text in notes
+    assert "no column sent_more" in (stage / "out" / "report.html").read_text()
+
+
+def test_a_model_that_is_not_there_leaves_the_other(stage):
+    changed = {"models": [f"base={stage / 'base'}", f"gone={stage / 'gone'}"], "prompts": []}
+    eval_run.main(flags(stage, **changed))
+    found = json.loads((stage / "out" / "report.json").read_text())
+    assert list(found["parts"]["toxicity"]) == ["base"] and list(found["parts"]["bias"]) == ["base"]
+    assert sum("gone" in note for note in found["notes"]) >= 4
+
+
+def test_one_model_has_no_win_rate_but_all_else(stage):
+    eval_run.main(flags(stage, models=[f"base={stage / 'base'}"]))
+    found = json.loads((stage / "out" / "report.json").read_text())
+    assert "preference" not in found["parts"] and "bias" in found["parts"]
+    assert any(note.startswith("preference: not run; it takes two models") for note in found["notes"])
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"models": ["base"]}, "expected NAME=DIR"),
+        ({"models": ["a=x", "a=y"]}, "each name once"),
+        ({"baseline": ["ppo"]}, "--baseline ppo: expected one of base, sft"),
+    ],
+)
+def test_wrong_calls(stage, changed, message):
+    with pytest.raises(SystemExit, match=message):
+        eval_run.main(flags(stage, **changed))
+    assert not (stage / "out").exists()
+
+
+def test_nothing_to_do(stage):
+    none = dict.fromkeys(("prompts", "judge", "questions", "truth_judge", "scorer", "crows_pairs", "data", "text"), [])
+    with pytest.raises(SystemExit, match="no part ran"):
+        eval_run.main(flags(stage, **none))
