@@ -7,6 +7,7 @@ web, demonstrations (SFT), K-way rankings by simulated labelers (reward model), 
 """
 
 import argparse
+import json
 import logging
 import os
 import random
@@ -41,6 +42,8 @@ from instructgpt_trl.data import InputError, check_output_dir
 BATCH_TOKENS = 1024  # of a pretraining step
 PTX_LENGTH = 64  # tokens of a pretraining example
 MAX_COMPLETION = 48  # tokens; the longest demonstration has 36
+STEP, ROLLOUT = 32, 64  # completions of an optimizer step of PPO, and of a rollout
+BETA = 0.02  # of the KL penalty [InstructGPT E.8: 0.01 to 0.02]
 
 
 class PretrainingLoss(TrainerCallback):
@@ -138,6 +141,7 @@ class Run:
         self.tokenizer = AutoTokenizer.from_pretrained(self.path("base"))
         self.web = Dataset.from_dict({"text": web})
         self.held_out_batches = packed_batches(held_out, self.tokenizer, 8192, PTX_LENGTH)
+        (self.dir / "held_out.txt").write_text("\n".join(held_out) + "\n", encoding="utf-8")
 
     def sft(self) -> None:
         """Supervised fine-tuning on demonstrations."""
@@ -218,15 +222,15 @@ class Run:
         """PPO, with pretraining gradients if `ptx`; the same prompts, steps and rates either way."""
         args = PPOConfig(
             **self.common(name),
-            per_device_train_batch_size=32,
+            per_device_train_batch_size=STEP,
             gradient_accumulation_steps=1,
-            steps_per_generation=2,
+            steps_per_generation=ROLLOUT // STEP,
             max_completion_length=MAX_COMPLETION,
             max_prompt_length=48,
             learning_rate=1e-4,
             value_learning_rate=5e-4,
             max_steps=self.settings.ppo_steps,
-            beta=0.02,
+            beta=BETA,
             ptx_coef=0.3,
             ptx_ratio=1,
             ptx_max_length=PTX_LENGTH,
@@ -256,6 +260,8 @@ class Run:
         sft = self.load("sft")
         opponents = sample(sft, self.tokenizer, self.test, MAX_COMPLETION, seed=4)
         rows = [{"prompt": prompt, "category": tasks[prompt].use_case} for prompt in self.test]
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (self.dir / "prompts.jsonl").write_text("".join(lines), encoding="utf-8")
         for name in ("base", "sft", "ppo", "ppo_ptx"):
             model = self.load(name)
             samples = sample(model, self.tokenizer, self.test, MAX_COMPLETION, seed=3)

@@ -1,0 +1,194 @@
+"""
+What does the value model buy? PPO and PPO-ptx as the demo made them, beside TRL's RLOO and DPO, in the same world.
+
+    python recipes/demo/critic.py            # after `make demo`; adds critic.json and critic.png to runs/demo
+
+All start from the demo's SFT model, follow its reward model and have its budget: as many sampled completions, optimizer
+steps and sequences a step. RLOO samples four completions a prompt, DPO two of the SFT model, of which the reward model
+prefers one. RLOO and DPO run with each of `RATES` and the one is taken whose samples for prompts of the valid split have
+the best score less beta times KL, which PPO's rates were not chosen by; so their figures are rather flattered.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from base import packed_batches
+from datasets import Dataset
+from evaluation import Samples, mean_kl, pretraining_loss, sample
+from gold import gold_reward
+from run import BETA, MAX_COMPLETION, PTX_LENGTH, ROLLOUT, STEP, Settings, quieten
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer, RLOOConfig, RLOOTrainer
+from world import World, make_world
+
+from instructgpt_trl import RewardModel
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  behind the choice of its backend
+
+RATES = {"rloo": (1e-4, 3e-4), "dpo": (3e-5, 1e-4)}
+TITLES = {"sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx", "rloo": "RLOO", "dpo": "DPO"}
+COLOURS = {"sft": "#4477aa", "ppo": "#cc5a49", "ppo_ptx": "#2f8f6b", "rloo": "#7a5ea8", "dpo": "#c08a2d"}
+
+
+class Comparison:
+    """The demo in `folder`, made by seed `seed` in so many PPO steps, and what is trained and measured beside it."""
+
+    def __init__(self, folder: Path, seed: int, steps: int):
+        self.folder, self.seed, self.steps = folder, seed, steps
+        self.world: World = make_world(seed)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+        self.rm = RewardModel.from_pretrained(str(folder / "rm"))
+        held_out = (folder / "held_out.txt").read_text(encoding="utf-8").split("\n")[:-1]
+        self.held_out = packed_batches(held_out, self.tokenizer, 8192, PTX_LENGTH)
+        self.sft = self.load("sft")
+        self.train = [row["prompt"] for row in self.world.splits["train"]]
+        rows = (folder / "prompts.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        self.test = [json.loads(row)["prompt"] for row in rows]
+
+    def load(self, name: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.folder / name).eval()
+
+    def common(self, name: str, rate: float) -> dict[str, Any]:
+        """What the demo's PPO has too."""
+        return {
+            "output_dir": str(self.folder / "critic" / name),
+            "seed": self.seed,
+            "learning_rate": rate,
+            "max_steps": self.steps,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "logging_strategy": "no",
+            "use_cpu": True,
+            "dataloader_pin_memory": False,
+        }
+
+    def rloo(self, rate: float) -> Any:
+        args = RLOOConfig(
+            **self.common("rloo", rate),
+            per_device_train_batch_size=STEP,
+            gradient_accumulation_steps=1,
+            steps_per_generation=ROLLOUT // STEP,
+            num_generations=4,
+            max_completion_length=MAX_COMPLETION,
+            beta=BETA,
+        )
+
+        def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+            return self.rm.score(prompts, completions, batch_size=16)
+
+        prompts = Dataset.from_dict({"prompt": self.train})
+        trainer = RLOOTrainer(str(self.folder / "sft"), reward, args=args, train_dataset=prompts)
+        trainer.train()
+        return trainer.model
+
+    def dpo(self, rate: float) -> Any:
+        common = self.common("dpo", rate)
+        args = DPOConfig(**common, per_device_train_batch_size=STEP // 2, gradient_accumulation_steps=1)
+        trainer = DPOTrainer(str(self.folder / "sft"), args=args, train_dataset=self.pairs())
+        trainer.train()
+        return trainer.model
+
+    def pairs(self) -> Dataset:
+        """Two samples of the SFT model for each of so many prompts that as many are sampled as in PPO."""
+        count = self.steps * STEP // 2
+        prompts = [self.train[i % len(self.train)] for i in range(count)]
+        texts = [sample(self.sft, self.tokenizer, prompts, MAX_COMPLETION, seed).texts for seed in (11, 12)]
+        scores = np.array([self.rm.score(prompts, of, batch_size=64) for of in texts])
+        order = scores.argsort(axis=0)
+        worse, better = ([texts[which][i] for i, which in enumerate(of)] for of in order)
+        return Dataset.from_dict({"prompt": prompts, "chosen": better, "rejected": worse})
+
+    def best(self, name: str) -> tuple[Any, float]:
+        """The model of the best rate, by prompts of the valid split, and that rate."""
+        prompts = [row["prompt"] for row in self.world.splits["valid"]]
+        found = []
+        for rate in RATES[name]:
+            print(f"{TITLES[name]}, learning rate {rate}")
+            model = getattr(self, name)(rate).eval()
+            samples = sample(model, self.tokenizer, prompts, MAX_COMPLETION, seed=5)
+            found.append((self.scores(samples).mean() - BETA * mean_kl(model, self.sft, samples), rate, model))
+        _, rate, model = max(found, key=lambda one: one[0])
+        return model, rate
+
+    def scores(self, samples: Samples) -> np.ndarray:
+        return np.array(self.rm.score_ids(samples.prompt_ids, samples.completion_ids, batch_size=16))
+
+    def gold(self, samples: Samples) -> np.ndarray:
+        pairs = zip(samples.prompts, samples.texts, strict=True)
+        return np.array([gold_reward(self.world.tasks[prompt], text) for prompt, text in pairs])
+
+    def measure(self, model: Any) -> dict[str, Any]:
+        """On the demo's test prompts, with the demo's seeds."""
+        samples = sample(model, self.tokenizer, self.test, MAX_COMPLETION, seed=3)
+        opponents = sample(self.sft, self.tokenizer, self.test, MAX_COMPLETION, seed=4)
+        own, other = self.gold(samples), self.gold(opponents)
+        wins = (own > other) + 0.5 * (own == other)
+        return {
+            "win_rate_vs_sft": with_interval(wins, self.seed),
+            "gold_reward": with_interval(own, self.seed),
+            "rm_score": float(self.scores(samples).mean()),
+            "kl": mean_kl(model, self.sft, samples),
+            "pretraining_loss": pretraining_loss(model, self.held_out),
+        }
+
+
+def with_interval(values: Sequence[float], seed: int) -> list[float]:
+    """Mean over prompts and its 95 % bootstrap interval."""
+    values = np.asarray(values, dtype=float)
+    drawn = values[np.random.default_rng(seed).integers(len(values), size=(2000, len(values)))].mean(1)
+    return [float(values.mean()), *(float(np.quantile(drawn, q)) for q in (0.025, 0.975))]
+
+
+def draw(found: dict[str, Any], file: Path) -> None:
+    """Gold reward, score and pretraining loss of each policy against its KL."""
+    panels = {"gold_reward": "gold reward", "rm_score": "reward-model score", "pretraining_loss": "pretraining loss"}
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.3), layout="constrained")
+    for axis, (metric, title) in zip(axes, panels.items(), strict=True):
+        for name, of in found.items():
+            value, *bounds = np.atleast_1d(of[metric])
+            axis.plot(of["kl"], value, "o", color=COLOURS[name], label=TITLES[name])
+            if bounds:
+                axis.plot([of["kl"]] * 2, bounds, color=COLOURS[name], linewidth=1.5)
+        axis.set_title(title, loc="left", fontsize=9, fontweight="bold")
+        axis.set_xlabel("KL to SFT (nats a completion)")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="what the demo wrote")
+    parser.add_argument("--steps", type=int, default=Settings.ppo_steps, help="optimizer steps, as in the demo")
+    args = parser.parse_args()
+    quieten()
+    report = args.demo / "report.json"
+    if not report.is_file():
+        sys.exit(f"error: {report} is not there; run `make demo` first, or give its folder as --demo")
+    world = Comparison(args.demo, json.loads(report.read_text(encoding="utf-8"))["seed"], args.steps)
+    found = {name: world.measure(world.load(name)) for name in ("sft", "ppo", "ppo_ptx")}
+    for name in RATES:
+        model, rate = world.best(name)
+        found[name] = {**world.measure(model), "learning_rate": rate}
+    (args.demo / "critic.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    draw(found, args.demo / "critic.png")
+    print(f"\n{'policy':<10}{'beats SFT':>24}{'gold reward':>26}{'RM score':>10}{'KL':>7}{'pretraining loss':>18}")
+    for name, of in found.items():
+        (win, a, b), (gold, c, d) = of["win_rate_vs_sft"], of["gold_reward"]
+        shown = f"{100 * win:.1f} % [{100 * a:.1f}, {100 * b:.1f}]"
+        print(f"{TITLES[name]:<10}{shown:>24}{f'{gold:.2f} [{c:.2f}, {d:.2f}]':>26}{of['rm_score']:>10.2f}"
+              f"{of['kl']:>7.2f}{of['pretraining_loss']:>18.3f}")  # fmt: skip
+    print(f"figures: {args.demo / 'critic.json'}, {args.demo / 'critic.png'}")
+
+
+if __name__ == "__main__":
+    main()
