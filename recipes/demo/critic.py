@@ -5,8 +5,8 @@ What does the value model buy? PPO and PPO-ptx as the demo made them, beside TRL
 
 All start from the demo's SFT model, follow its reward model and have its budget: as many sampled completions,
 optimizer steps and sequences a step. RLOO samples four completions a prompt, DPO two of the SFT model, of which the
-reward model prefers one. RLOO and DPO run with each of `RATES`; taken is the one whose samples for prompts of the valid
-split have the best score less beta times KL. PPO's rates were not chosen so: the others are rather flattered.
+reward model prefers one. RLOO and DPO run with each of `RATES`; taken is the one whose samples for prompts of valid
+users have the best score less beta times KL. PPO's rates were not chosen so: the others are rather flattered.
 """
 
 import argparse
