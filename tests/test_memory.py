@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+import trl.kernels.chunked_logprob
 from conftest import make_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -177,6 +178,22 @@ def test_dropout_keeps_a_byte_an_element_on_a_gpu(on_a_gpu, bytes_an_element):
         kept = []
         assert traced_peak(lambda: kept.append(nn.Dropout(0.1)(x))) == 1000 * bytes_an_element
     assert torch.nn.functional.dropout.__name__ == "dropout"
+
+
+@pytest.mark.parametrize("shape", [None, lora(task_type="CAUSAL_LM")])
+def test_one_tile_of_the_head_stands_for_all(shape, monkeypatch):
+    """Ten tiles of 512 words: the same prediction whether all of them are read or the first."""
+    settings, load = make_llama(**{**SHAPE, "vocab": 5000}).config, replace(LOAD, lora=shape, sampled=0)
+    found = predict(settings, load)
+    read, original = [], trl.kernels.chunked_logprob._forward_tile
+    monkeypatch.setattr(memory, "one_tile_read", nullcontext)
+    monkeypatch.setattr(
+        trl.kernels.chunked_logprob,
+        "_forward_tile",
+        lambda *args, **kwargs: read.append(1) or original(*args, **kwargs),
+    )
+    assert predict(settings, load) == found
+    assert len(read) % 10 == 0 and read
 
 
 def test_ppo_is_predicted_without_dropout_and_what_trains_with_it():
