@@ -37,7 +37,7 @@ from .data.prompts import check_prompts, drop_long_prompts
 from .functional import gae, policy_loss, token_rewards, value_loss, whiten
 from .models.ema import EMA
 from .models.guards import stop_unless_finite
-from .models.limits import RowLimit, freed_memory_given_back
+from .models.limits import RowLimit, freed_memory_reused
 from .models.loading import (
     context_length,
     float32_adapters,
@@ -324,7 +324,7 @@ class PPOTrainer(RLOOTrainer):
     def train(self, *args, **kwargs):
         """As the parent's, from the seed of the config, whatever ran before."""
         set_seed(self.args.seed)
-        with freed_memory_given_back():
+        with freed_memory_reused():
             output = super().train(*args, **kwargs)
         if self.state.global_step == 0 and isinstance(self.train_dataset, IterableDataset):  # not known before
             raise InputError(too_small(self.args, "fewer prompts"))

@@ -19,7 +19,7 @@ from .data.formats import by_prompt, split_by_length
 from .data.rankings import DataCollatorForRanking, check_rankings, prepare_rankings
 from .functional import _untied_pairs, ranking_loss
 from .models.guards import stop_unless_finite
-from .models.limits import freed_memory_given_back
+from .models.limits import freed_memory_reused
 from .models.loading import float32_adapters, is_adapter, keep_gradients, load_tokenizer
 from .models.lora import fuse_lora, without_casts
 from .models.reward_folder import forget_reward_config, read_reward_config
@@ -165,7 +165,7 @@ class RewardTrainer(trl.RewardTrainer):
         """TRL's training, seeded, and then the bias from the demonstrations."""
         set_seed(self.args.seed)
         self._reward_model.calibrated = False
-        with freed_memory_given_back():
+        with freed_memory_reused():
             result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if self._demonstrations is not None:
             mean = self.reward_model.calibrate_ids(*self._demonstrations, self.args.per_device_eval_batch_size)

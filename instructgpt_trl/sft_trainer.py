@@ -36,7 +36,7 @@ from .data.formats import Text, by_prompt, split_by_length
 from .models.completions import greedy_completions
 from .models.dropout import residual_dropout, residual_places
 from .models.guards import stop_unless_finite
-from .models.limits import freed_memory_given_back
+from .models.limits import freed_memory_reused
 from .models.loading import context_length, float32_adapters, is_adapter, keep_gradients, load_policy
 from .models.lora import fuse_lora, without_casts
 from .sft_config import SFTConfig
@@ -172,7 +172,7 @@ class SFTTrainer(trl.SFTTrainer):
     ) -> TrainOutput:
         # The constructor gave the caller's generators back, so the seed is set here, as the parent's constructor does
         set_seed(self.args.seed)
-        with freed_memory_given_back(), residual_dropout(self.model, self.args.residual_dropout):
+        with freed_memory_reused(), residual_dropout(self.model, self.args.residual_dropout):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Rows a pass takes: halved where memory ends, with the update unchanged."""
 
 import logging
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -176,26 +177,48 @@ def test_sft_holds_no_wide_tile_of_logits_on_a_cpu(tmp_path):
         assert largest.elements == 4 * 299 * 512
 
 
+ALLOCATOR = """
+import psutil, time, torch
+from instructgpt_trl.models import limits
+def megabytes(): return psutil.Process().memory_info().rss >> 20
+def blocks(): return [(torch.ones(2**21), torch.ones(2**13)) for _ in range(20)]  # 8 MiB, and a small one
+limits.system_memory = lambda: (available, 10)
+available = {available}
+before = megabytes()
+with limits.freed_memory_reused(interval=0.01):
+    time.sleep(0.1)
+    held = [small for _, small in blocks()]  # the large ones are freed, between small ones that are not
+    more = blocks()  # in their place
+    held += [small for _, small in more]
+    available = {then}
+    time.sleep(0.3)
+    del more
+    time.sleep(0.3)
+    print(megabytes() - before)
+print(megabytes() - before)
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-@pytest.mark.parametrize(("available", "kept"), [(4, False), (6, True)])
-def test_freed_memory_goes_back_to_the_system_once_memory_is_short(available, kept):
-    """In a process of its own, since it stays: 20 blocks of 8 MiB, freed between ones that are kept."""
-    script = (
-        "import psutil, time, torch\n"
-        "from instructgpt_trl.models import limits\n"
-        "from instructgpt_trl.models.limits import freed_memory_given_back\n"
-        "def touched(): return torch.ones(2**21)\n"
-        "for _ in range(3): touched()  # glibc raises its threshold now\n"
-        f"limits.system_memory = lambda: ({available}, 10)\n"
-        "with freed_memory_given_back(interval=0.01): time.sleep(0.5)\n"
-        "before = psutil.Process().memory_info().rss\n"
-        "pairs = [(touched(), torch.ones(2**13)) for _ in range(20)]\n"
-        "held = [small for _, small in pairs]\n"
-        "del pairs\n"
-        "print((psutil.Process().memory_info().rss - before) >> 20)\n"
+@pytest.mark.parametrize(
+    ("available", "then", "environment", "kept"),
+    [
+        (6, 6, {}, True),
+        (6, 4, {}, False),  # short while the large ones are alive
+        (4, 6, {}, False),
+        (6, 6, {"MALLOC_MMAP_THRESHOLD_": "131072"}, False),  # what the user sets
+        (6, 4, {"MALLOC_MMAP_THRESHOLD_": "33554432"}, False),  # until memory is short
+    ],
+)
+def test_freed_memory_is_kept_until_memory_is_short(available, then, environment, kept):
+    """In a process of its own: of 160 MB that are freed none goes back before the end, or all but rounding."""
+    script = ALLOCATOR.format(available=available, then=then)
+    own = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env={**own, **environment}
     )
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert (int(out) > 100) == kept and (int(out) < 16) == (not kept)  # of 160
+    inside, after = map(int, run.stdout.split())
+    assert (inside > 150) == kept and (inside < 40) == (not kept) and after < 40
 
 
 def test_a_containers_limit_is_memory_too(tmp_path, monkeypatch):

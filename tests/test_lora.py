@@ -1,12 +1,15 @@
 """Fused adapters against PEFT's own: the same numbers, the same weights when merged, nothing else changed."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from conftest import make_llama
 from peft import LoraConfig, get_peft_model
 from ppo_helpers import lora, nf4, randomise
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForCausalLM
 
 from instructgpt_trl.models import lora as lora_module
@@ -68,13 +71,18 @@ def test_equals_peft_in_float32(adapter, dropout, added):
         assert torch.equal(fused(IDS).logits, network(IDS).logits)
 
 
+@pytest.mark.parametrize("casts", [True, False])
 @pytest.mark.parametrize("context", [{}, {"dtype": torch.bfloat16}])
-def test_bfloat16_is_no_further_from_float32_than_peft_is(context):
+def test_bfloat16_is_no_further_from_float32_than_peft_is(context, casts, added):
     """With mixed precision and without, on a bfloat16 base; types of outputs and gradients are PEFT's."""
     network, fused = pair(torch.bfloat16)
     exact, gradients = logits_and_gradients(copy.deepcopy(network).float())
     expected, theirs = logits_and_gradients(network, **context)
-    logits, own = logits_and_gradients(fused, **context)
+    if not casts and not context:  # against PEFT in mixed precision, which computes in bfloat16 too
+        expected, theirs = logits_and_gradients(network, dtype=torch.bfloat16)
+    with nullcontext() if casts else without_casts(fused):
+        logits, own = logits_and_gradients(fused, **context)
+    assert len(added) == (0 if casts else 14)
     assert logits.dtype == expected.dtype
     assert (logits - exact).norm() <= 1.1 * (expected - exact).norm()
     assert {n: g.dtype for n, g in own.items()} == {n: g.dtype for n, g in theirs.items()}
@@ -101,6 +109,10 @@ def hooked(layer):
     layer.register_forward_hook(lambda module, args, output: output * 2)
 
 
+def hooked_backward(layer):
+    layer.register_full_backward_hook(lambda module, of_inputs, of_outputs: (of_inputs[0] * 2,))
+
+
 def replaced(layer):
     forward = layer.forward
     layer.forward = lambda x: forward(x) * 2
@@ -110,31 +122,113 @@ def trained(layer):
     layer.weight.requires_grad_()
 
 
-@pytest.mark.parametrize("change", [hooked, replaced, trained])
+def trained_bias(layer):
+    layer.bias = nn.Parameter(torch.ones(layer.out_features))
+
+
+def as_subclass(layer):
+    class Weight(nn.Parameter):
+        pass
+
+    layer.weight = Weight(layer.weight.data, requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [hooked, hooked_backward, replaced, trained, trained_bias, as_subclass])
 def test_a_base_that_does_more_keeps_its_graph(change, added):
     network, fused = pair()
     for one in (network, fused):
         for module in one.modules():
             if hasattr(module, "lora_A"):
                 change(module.base_layer)
+    assert_same(network, fused)
+    assert added == []
+
+
+def assert_same(network, fused):
+    """Logits and gradients but for rounding, and of the same parameters."""
     logits, own = logits_and_gradients(fused)
     expected, gradients = logits_and_gradients(network)
-    assert added == [] and own.keys() == gradients.keys()
+    assert own.keys() == gradients.keys()
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     for name in own:
         torch.testing.assert_close(own[name], gradients[name], rtol=1e-3, atol=1e-5)
+
+
+def test_on_a_frozen_bias(added):
+    network, fused = pair()
+    for one in (network, fused):
+        for module in one.modules():
+            if hasattr(module, "lora_A"):
+                module.base_layer.bias = nn.Parameter(torch.ones(module.out_features), requires_grad=False)
+    assert_same(network, fused)
+    assert len(added) == 14
+
+
+def test_dropout_counts_where_it_drops(added):
+    """In training, not with a probability of 0, as PPO has it."""
+    _, fused = pair(lora_dropout=0.25)
+    assert fused.training
+    logits_and_gradients(fused)
+    assert added == []
+    for module in fused.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0
+    logits_and_gradients(fused)
+    assert len(added) == 14
+
+
+def test_frozen_adapters_pass_the_gradient_on(added):
+    """Of two adapters on a layer's input one is frozen: it gets no gradient, and what is below it the right one."""
+    network, fused = pair()
+    for one in (network, fused):
+        for name, parameter in one.named_parameters():
+            parameter.requires_grad_("lora_" in name and "layers.0" in name and "default" in name)
+    assert_same(network, fused)
+    assert len(added) == 14
+
+
+def test_a_global_hook_sees_the_base_as_it_is(added):
+    seen = []
+    _, fused = pair()
+    layer = fused_layers(fused)[0]
+    handle = register_module_forward_hook(
+        lambda module, args, output: seen.append((args[0], output)) if module is layer.base_layer else None
+    )
+    try:
+        logits_and_gradients(fused)
+        with torch.no_grad():
+            fused(IDS)
+    finally:
+        handle.remove()
+    assert added == [] and len(seen) == 2
+    for x, output in seen:
+        assert torch.equal(output, nn.functional.linear(x, layer.base_layer.weight))
+
+
+def test_mixed_batches_of_adapters(added):
+    """PEFT's `adapter_names`, one for each row, with an active adapter that a layer does not have."""
+    found = []
+    for one in pair():
+        one.add_adapter("few", LoraConfig(target_modules=["q_proj"], r=4))
+        one.set_adapter("few")
+        one.eval()
+        for name, parameter in one.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        logits = one(IDS, adapter_names=["default", "other"]).logits
+        logits.pow(2).mean().backward()
+        found.append([logits.detach(), *(p.grad for p in one.parameters() if p.grad is not None)])
+    (expected, *gradients), (logits, *own) = found
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    for one, other in zip(own, gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
 def test_two_adapters_at_once(added):
     network, fused = pair()
     for one in (network, fused):
         one.base_model.set_adapter(["default", "other"])
-    logits, own = logits_and_gradients(fused)
-    expected, gradients = logits_and_gradients(network)
-    assert added == [] and len(own) == len(gradients) == 56
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-    for name in own:
-        torch.testing.assert_close(own[name], gradients[name], rtol=1e-3, atol=1e-5)
+    assert_same(network, fused)
+    assert added == [] and sum(p.grad is not None for p in fused.parameters()) == 56
 
 
 def test_without_gradients_the_sum_is_the_same_bit_for_bit():

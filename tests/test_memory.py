@@ -1,12 +1,15 @@
 """Predicted memory against what real tensors take, and measured memory against what was asked for."""
 
 import copy
+import inspect
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 
 import pytest
 import torch
+import trl.kernels.chunked_logprob
 from conftest import make_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -177,6 +180,33 @@ def test_dropout_keeps_a_byte_an_element_on_a_gpu(on_a_gpu, bytes_an_element):
         kept = []
         assert traced_peak(lambda: kept.append(nn.Dropout(0.1)(x))) == 1000 * bytes_an_element
     assert torch.nn.functional.dropout.__name__ == "dropout"
+
+
+@pytest.mark.parametrize("shape", [None, lora(task_type="CAUSAL_LM")])
+def test_one_tile_of_the_head_stands_for_all(shape, monkeypatch):
+    """Ten tiles of 512 words: the same prediction whether all of them are read, forward and back, or the first."""
+    settings, load = make_llama(**{**SHAPE, "vocab": 5000}).config, replace(LOAD, lora=shape, sampled=0)
+    kernels, read = trl.kernels.chunked_logprob, Counter()
+
+    def counted(name):
+        fold = getattr(kernels, name)
+        signature = inspect.signature(fold)
+
+        @wraps(fold)
+        def count(*args, **kwargs):
+            read[name, signature.bind(*args, **kwargs).arguments["vocab_start"]] += 1
+            fold(*args, **kwargs)
+
+        monkeypatch.setattr(kernels, name, count)
+
+    for name in ("_forward_tile", "_backward_tile"):
+        counted(name)
+    found, first = predict(settings, load), dict(read)
+    assert {start for _, start in first} == {0} and len(first) == 2
+    read.clear()
+    monkeypatch.setattr(memory, "one_tile_read", nullcontext)
+    assert predict(settings, load) == found
+    assert read == {(name, start): first[name, 0] for name, _ in first for start in range(0, 5000, 512)}
 
 
 def test_ppo_is_predicted_without_dropout_and_what_trains_with_it():

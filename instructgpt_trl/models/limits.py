@@ -1,6 +1,7 @@
-"""Keeping within memory: fewer rows a pass once they do not fit, and freed memory given back once it is short."""
+"""Keeping within memory: fewer rows a pass once they do not fit, and freed memory kept until it is short."""
 
 import ctypes
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -16,43 +17,67 @@ logger = logging.get_logger(__name__)
 
 T = TypeVar("T")
 
-_M_MMAP_THRESHOLD = -3  # malloc.h
+# malloc.h, and the largest of the second by its manual
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _LARGEST_THRESHOLD = -1, -3, 32 << 20
+_OF_THE_USER = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
 
 @contextmanager
-def freed_memory_given_back(interval: float = 0.1) -> Iterator[None]:
+def freed_memory_reused(interval: float = 0.1) -> Iterator[None]:
     """
-    Inside, once less than half of the memory ([`system_memory`]) is available, the CPU's allocator returns tensors of
-    128 KiB and more to the system when they are freed, and what it kept before. It looks every `interval` seconds.
+    Inside, the CPU's allocator keeps tensors of up to 32 MiB when they are freed, for the next ones. Once less than
+    half of the memory ([`system_memory`]) is available, it returns those of 128 KiB and more to the system instead,
+    and what it kept before as soon as that is free. It looks every `interval` seconds, and once memory was short gives
+    back every ten of them.
 
-    As soon as large tensors come and go, glibc keeps blocks of up to 32 MiB for itself instead, full of holes: a PPO
-    update of a 135M model (LoRA, 16 x 192 tokens, gradient checkpointing) took 7.2 GB then and 67 s, and 1.7 GB and
-    127 s without, since all memory is new each time. So it is done when it is needed, for the whole process, and
-    stays. Elsewhere than under Linux with glibc nothing happens.
+    New memory is slow. A PPO update of a 135M model (LoRA, float32, 16 x 192 tokens) takes 49 to 54 s with glibc's own
+    settings, of which the system needs 9 s of two cores, and 41 to 45 s with kept memory, and the system 0.8. Blocks
+    that are kept get holes: with glibc's own settings, which keep them too but give the top back, an update with
+    gradient checkpointing took 7.2 GB and 67 s, with all given back 1.7 GB and 127 s. So they are kept while there is
+    memory to spare. What the environment sets ([`_OF_THE_USER`]) stays until memory is short.
 
-    Source: mallopt(3), M_MMAP_THRESHOLD, and its dynamic adjustment; malloc_trim(3).
+    At the end what was kept goes back. The thresholds are then those at which glibc's own adjustment ends, 32 and
+    64 MiB, or where memory was short 128 KiB, for the rest of the process. Not to be nested; forked processes keep as
+    their parent does, and do not look. Elsewhere than under Linux with glibc nothing happens.
+
+    Source: mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD; malloc_trim(3).
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(library, "malloc_trim"):  # glibc's alone
         yield
         return
-    stop = threading.Event()
+    short, stop = threading.Event(), threading.Event()
+
+    def look() -> None:
+        available, total = system_memory()
+        if available < total / 2:
+            short.set()
+            for threshold in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+                library.mallopt(threshold, 128 * 1024)
+            library.malloc_trim(0)
 
     def watch() -> None:
-        while not stop.wait(interval):
-            available, total = system_memory()
-            if available < total / 2:
-                library.mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
-                library.malloc_trim(0)
-                return
+        while not stop.wait(interval * (10 if short.is_set() else 1)):
+            if short.is_set():
+                library.malloc_trim(0)  # what was alive when memory became short
+            else:
+                look()
 
+    look()
+    keeps = not short.is_set() and not any(name in os.environ for name in _OF_THE_USER)
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
+    if keeps:
+        library.mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
+        library.mallopt(_M_TRIM_THRESHOLD, -1)
     try:
         yield
     finally:
         stop.set()
         thread.join()
+        if keeps and not short.is_set():
+            library.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST_THRESHOLD)
+        library.malloc_trim(0)
 
 
 class RowLimit:

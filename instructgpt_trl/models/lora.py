@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from .._trl import LoraVariant
 
@@ -89,16 +90,18 @@ def _fused(layer: LoraLayer, adapter: str | None) -> bool:
 
 class _AddLoRA(torch.autograd.Function):
     """
-    `result + s (x A^T) B^T` in place of `result = x W^T` with `W` frozen, both ways: the gradient of `x` through the
-    adapter is added by its matrix product to the one through `W`, where autograd would make two tensors and a third.
-    Takes `x` (..., in), the base's `result` (..., out) cut from its graph, `W` (out, in), `A` (r, in), `B` (out, r).
+    `result + s (x A^T) B^T` in place of `result = x W^T + b` with `W` and `b` frozen, both ways: the gradient of `x`
+    through the adapter is added by its matrix product to the one through `W`, where autograd would make two tensors
+    and a third. Takes `x` (..., in), the base's `result` (..., out) cut from its graph, `W` (out, in), `A` (r, in),
+    `B` (out, r). No second derivatives.
     """
 
     @staticmethod
     def forward(ctx, x, result, weight, down, up, scaling):
         flat = x.reshape(-1, x.size(-1))
         inner = flat.mm(down.t()).mul_(scaling)
-        ctx.save_for_backward(flat, inner, weight, down, up)
+        *_, of_down, of_up, _ = ctx.needs_input_grad
+        ctx.save_for_backward(flat if of_down else None, inner if of_up else None, weight, down, up)
         ctx.scaling, ctx.shape = scaling, x.shape
         result.view(-1, result.size(-1)).addmm_(inner, up.t())
         ctx.mark_dirty(result)
@@ -108,25 +111,38 @@ class _AddLoRA(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         flat, inner, weight, down, up = ctx.saved_tensors
-        grad = grad.reshape(-1, grad.size(-1))
-        of_inner = grad.mm(up).mul_(ctx.scaling)
-        of_x = grad.mm(weight).addmm_(of_inner, down).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return of_x, None, None, of_inner.t().mm(flat), grad.t().mm(inner), None
+        of_x = of_down = of_up = None
+        with torch.autocast(grad.device.type, enabled=False):  # the types are those of the forward pass
+            grad = grad.reshape(-1, grad.size(-1))
+            of_inner = grad.mm(up).mul_(ctx.scaling)
+            if ctx.needs_input_grad[0]:
+                of_x = grad.mm(weight).addmm_(of_inner, down).view(ctx.shape)
+            if flat is not None:
+                of_down = of_inner.t().mm(flat)
+            if inner is not None:
+                of_up = grad.t().mm(inner)
+        return of_x, None, None, of_down, of_up, None
 
 
-def _alone_on_plain_weights(layer: LoraLayer, x: torch.Tensor, result: torch.Tensor) -> bool:
-    """The one active adapter, without dropout, and `result` is `x W^T` plus a constant and nothing else."""
-    base = layer.get_base_layer()
-    (name, *more) = [name for name in layer.active_adapters if name in layer.lora_A]
+def _is_alone_on_plain_weights(layer: LoraLayer, adapter: str, x: torch.Tensor, result: torch.Tensor) -> bool:
+    """The one active adapter, without dropout, and `result` is `x W^T` plus a constant that nobody else has seen."""
+    base, dropout = layer.base_layer, layer.lora_dropout[adapter]
     return (
-        not more
-        and type(base) is nn.Linear
-        and not (base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base))
-        and not any(p.requires_grad for p in base.parameters())
+        type(base) is nn.Linear
+        and type(base.weight) is nn.Parameter
+        and not (base.weight.requires_grad or base.bias is not None and base.bias.requires_grad)
+        and [name for name in layer.active_adapters if name in layer.lora_A] == [adapter]
+        and (isinstance(dropout, nn.Identity) or dropout.p == 0 or not dropout.training)
         and x.dtype == result.dtype == base.weight.dtype
         and result.is_contiguous()
-        and (isinstance(layer.lora_dropout[name], nn.Identity) or not layer.training)
+        and not _is_hooked(base)
     )
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether somebody sees or changes what the module takes, gives, or gets for a gradient."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module) or _has_any_global_hook()
 
 
 class FusedLora(LoraVariant):
@@ -150,15 +166,15 @@ class FusedLora(LoraVariant):
         down, up = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
         if not torch.is_autocast_enabled(x.device.type):
             down = down.to(x.dtype)
-        if torch.is_grad_enabled() and _alone_on_plain_weights(module, x, result):
-            weight, scaling = module.get_base_layer().weight, module.scaling[active_adapter]
+        if torch.is_grad_enabled() and _is_alone_on_plain_weights(module, active_adapter, x, result):
+            weight, scaling = module.base_layer.weight, module.scaling[active_adapter]
             return _AddLoRA.apply(x, result.detach(), weight, down.to(x.dtype), up.to(x.dtype), scaling)
         inner = F.linear(module.lora_dropout[active_adapter](x), down) * module.scaling[active_adapter]
         up = up.to(inner.dtype)
         if inner.dtype != result.dtype:  # a base that computes in another type than autocast's
             return result + F.linear(inner, up)
         flat, inner = result.reshape(-1, result.size(-1)), inner.reshape(-1, inner.size(-1))
-        if torch.is_grad_enabled() or not result.is_contiguous():
+        if torch.is_grad_enabled() or not result.is_contiguous() or _is_hooked(module.base_layer):
             return torch.addmm(flat, inner, up.t()).view(result.shape)
         flat.addmm_(inner, up.t())  # nobody else has seen the base's output
         return result
