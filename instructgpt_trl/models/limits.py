@@ -25,8 +25,8 @@ _OF_THE_USER = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNAB
 @contextmanager
 def freed_memory_reused(interval: float = 0.1) -> Iterator[None]:
     """
-    Inside, the CPU's allocator keeps tensors of up to 32 MiB when they are freed, for the next ones. Once less than
-    half of the memory ([`system_memory`]) is available, it returns those of 128 KiB and more to the system instead,
+    Inside, the CPU's allocator keeps tensors of up to 32 MiB when they are freed, for the next ones. Once less than a
+    quarter of the memory ([`system_memory`]) is available, it returns those of 128 KiB and more to the system instead,
     and what it kept before as soon as that is free. It looks every `interval` seconds, and once memory was short gives
     back every ten of them.
 
@@ -50,7 +50,7 @@ def freed_memory_reused(interval: float = 0.1) -> Iterator[None]:
 
     def look() -> None:
         available, total = system_memory()
-        if available < total / 2:
+        if available < total / 4:
             short.set()
             for threshold in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
                 library.mallopt(threshold, 128 * 1024)
