@@ -3,8 +3,57 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from instructgpt_trl.data import InputError
+
+# Of a model's folder what its outputs depend on, and of rows
+_CONTENT = (".json", ".jsonl", ".safetensors", ".bin", ".csv", ".tsv", ".txt", ".parquet", ".jinja", ".py")
+
+
+def named(given: list[str], flag: str) -> dict[str, str]:
+    """
+    NAME=VALUE arguments.
+
+    Raises:
+        [`InputError`]: one is something else, or a name is there twice.
+    """
+    found = dict(one.partition("=")[::2] for one in given)
+    if len(found) < len(given) or not all(found.values()) or "" in found:
+        raise InputError(f"{flag} {' '.join(given)}: expected NAME=VALUE, each name once")
+    return found
+
+
+def key_of(prompt: Any) -> str:
+    """A prompt, string or conversation, as text by which rows are told apart."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, ensure_ascii=False)
+
+
+def fingerprint(path: str | Path) -> Any:
+    """
+    Of a file or folder its path with names, sizes and times of change, by which another model or data under the same
+    name is noticed; of anything else, such as a hub id, the name.
+    """
+    path = Path(path)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [file for file in files if file.is_file() and file.suffix in _CONTENT]
+    return [str(path), *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
+
+
+def cached(file: Path, settings: dict[str, Any], make: Callable[[], Any]) -> Any:
+    """What `make` gave in an earlier call with the same settings, which stands in `file`, or gives now."""
+    settings = json.loads(json.dumps(plain(settings)))
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        if known["settings"] == settings:
+            return known["found"]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or half of one
+        pass
+    found = make()
+    write_json({"settings": settings, "found": found}, file)
+    return json.loads(json.dumps(plain(found)))
 
 
 def plain(value: Any) -> Any:

@@ -69,14 +69,24 @@ class Policy:
         self.cut_at_newline, self.seed = cut_at_newline, seed
 
     def complete(self, prompts: Sequence[Any], name: str = "completions") -> list[str]:
-        """A completion of each prompt, strings or conversations: texts without special tokens or space around them."""
-        starts = tqdm(range(0, len(prompts), self.batch_size), desc=name)
-        return [text for start in starts for text in self.batch(prompts[start : start + self.batch_size], start)]
+        """The texts of [`sample`]."""
+        return [self.text(ids) for ids in self.sample(prompts, name)]
 
-    def batch(self, prompts: Sequence[Any], start: int) -> list[str]:
-        """The completions of prompts that begin at `start` of all, at once."""
+    def sample(self, prompts: Sequence[Any], name: str = "completions") -> list[list[int]]:
+        """Token ids of a completion of each prompt, strings or conversations, with the end if it came to one."""
+        starts = tqdm(range(0, len(prompts), self.batch_size), desc=name)
+        return [ids for start in starts for ids in self.batch(prompts[start : start + self.batch_size], start)]
+
+    def text(self, ids: list[int]) -> str:
+        """Without special tokens; with `cut_at_newline` without what follows a newline and space around."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text.split("\n")[0].strip() if self.cut_at_newline else text
+
+    def batch(self, prompts: Sequence[Any], start: int) -> list[list[int]]:
+        """Completions of prompts that begin at `start` of all, at once."""
         encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         longest = max(map(len, encoded))
+        ends = {end for prompt in prompts for end in self._ends(prompt)}
         pad = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
         greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
@@ -87,25 +97,23 @@ class Policy:
                 attention_mask=self._tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in encoded]),
                 max_new_tokens=self.max_new_tokens,
                 pad_token_id=pad,
-                eos_token_id=sorted({end for prompt in prompts for end in self._ends(prompt)}),
+                eos_token_id=sorted(ends),
                 **({"stop_strings": ["\n"], "tokenizer": self.tokenizer} if self.cut_at_newline else {}),
                 **(sampling if self.temperature > 0 else greedy),
             )
-        texts = self.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-        return [(text.split("\n")[0] if self.cut_at_newline else text).strip() for text in texts]
+        return [_until(ids, ends) for ids in out[:, longest:].tolist()]
 
-    def logprobs(self, prompts: Sequence[Any], completions: Sequence[str], name: str = "log-probs") -> list[float]:
-        """Log-probability of each completion with its end, as encoded in training, in nats at temperature 1."""
+    def logprobs(self, prompts: Sequence[Any], sampled: Sequence[list[int]], name: str = "log-probs") -> list[float]:
+        """Log-probability in nats, at temperature 1, of what [`sample`] gave."""
         found = []
         for start in tqdm(range(0, len(prompts), self.batch_size), desc=name):
             batch = slice(start, start + self.batch_size)
-            found += self._logprobs(prompts[batch], completions[batch])
+            found += self._logprobs(prompts[batch], sampled[batch])
         return found
 
-    def _logprobs(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
+    def _logprobs(self, prompts: Sequence[Any], sampled: Sequence[list[int]]) -> list[float]:
         before = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
-        pairs = zip(before, prompts, completions, strict=True)
-        whole = [ids + encode_completion(self.tokenizer, prompt, text) for ids, prompt, text in pairs]
+        whole = [start + ids for start, ids in zip(before, sampled, strict=True)]
         longest = max(map(len, whole))  # padded on the right, which earlier tokens do not see
         ids = self._tensor([one + [0] * (longest - len(one)) for one in whole])
         mask = self._tensor([[1] * len(one) + [0] * (longest - len(one)) for one in whole])
@@ -125,6 +133,12 @@ class Policy:
         return {*(own if isinstance(own, list) else [own]), of_training} - {None}
 
 
+def _until(ids: list[int], ends: set[int]) -> list[int]:
+    """Up to the first of the ends and with it."""
+    end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    return ids[: end + 1]
+
+
 def write_completions(rows: list[Row], output: Path, settings: dict[str, Any], policy: Policy) -> None:
     """
     Write `rows`, each with the policy's completion, going on behind those of an earlier run.
@@ -136,14 +150,14 @@ def write_completions(rows: list[Row], output: Path, settings: dict[str, Any], p
         raise InputError(f"{output}: is there already; delete it or choose another --output")
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(output.name + ".part")
-    done = _done(part, settings)
+    done = _done(part, settings, rows, policy.batch_size)
     with part.open("a", encoding="utf-8") as file, tqdm(total=len(rows), initial=done, desc=output.stem) as bar:
         if not part.stat().st_size:
             _write(file, [{"settings": settings}])
         for start in range(done, len(rows), policy.batch_size):
             batch = rows[start : start + policy.batch_size]
-            texts = policy.batch([row["prompt"] for row in batch], start)
-            _write(file, [{**row, "completion": text} for row, text in zip(batch, texts, strict=True)])
+            sampled = policy.batch([row["prompt"] for row in batch], start)
+            _write(file, [{**row, "completion": policy.text(ids)} for row, ids in zip(batch, sampled, strict=True)])
             bar.update(len(batch))
     lines = part.read_text(encoding="utf-8").split("\n")
     whole = part.with_suffix(".whole")
@@ -158,25 +172,26 @@ def _write(file: Any, rows: list[Row]) -> None:
     os.fsync(file.fileno())
 
 
-def _done(part: Path, settings: dict[str, Any]) -> int:
-    """Rows in a begun file, from which a last line that was not written to its end is cut."""
+def _done(part: Path, settings: dict[str, Any], rows: list[Row], batch_size: int) -> int:
+    """Rows of whole batches in a begun file, which is cut behind them."""
     if not part.exists():
         return 0
-    text = part.read_bytes()
-    kept = text[: text.rfind(b"\n") + 1]
-    if len(kept) < len(text):
-        part.write_bytes(kept)
-    lines = kept.decode("utf-8").split("\n")[:-1]
+    lines = part.read_bytes().decode("utf-8", "ignore").split("\n")[:-1]  # what is behind the last newline was cut off
     if not lines:
+        part.unlink()
         return 0
-    begun = json.loads(lines[0])["settings"]
-    other = [name for name in settings if begun.get(name) != settings[name]]
+    begun, *written = (json.loads(line) for line in lines)
+    other = [name for name in settings if begun["settings"].get(name) != settings[name]]
     if other:
+        values = ", ".join(str(begun["settings"].get(name)) for name in other)
         raise InputError(
-            f"{part}: was begun with other {', '.join(other)} ({', '.join(str(begun.get(n)) for n in other)}); "
-            f"delete it, or choose another --output"
+            f"{part}: was begun with other {', '.join(other)} ({values}); delete it, or choose another --output"
         )
-    return len(lines) - 1
+    if any(own["prompt"] != row["prompt"] for own, row in zip(written, rows, strict=False)):
+        raise InputError(f"{part}: was begun with other prompts; delete it, or choose another --output")
+    done = len(written) // batch_size * batch_size if len(written) < len(rows) else len(rows)
+    part.write_text("\n".join(lines[: 1 + done]) + "\n", encoding="utf-8")
+    return done
 
 
 def main(argv: list[str] | None = None) -> None:

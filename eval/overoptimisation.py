@@ -13,16 +13,16 @@ Completions that are there are not sampled again.
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from files import write_json
+from files import cached, fingerprint, key_of, write_json
 from intervals import with_interval
 from judges import Comparison, load_function, make_judge
 
@@ -41,7 +41,8 @@ def checkpoints(run: Path) -> list[Path]:
     Raises:
         [`InputError`]: there are none.
     """
-    found = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    named = [path for path in run.glob("checkpoint-*") if path.name.split("-")[1].isdecimal()]
+    found = sorted(named, key=lambda path: int(path.name.split("-")[1]))
     if not found:
         raise InputError(
             f"{run}: no checkpoint-*; train with --save_steps and --save_total_limit as large as you like"
@@ -74,8 +75,11 @@ def best_of_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def make_gold(args: argparse.Namespace, prompts: Sequence[Any], start: Sequence[str]) -> tuple[str, Measure]:
-    """What is held against the score, by name: a function's figure, or the preference to the start's completion."""
+def make_gold(args: argparse.Namespace, opponents: dict[str, str]) -> tuple[str, Measure]:
+    """
+    What is held against the score, by name: a function's figure, or the preference to the start's completion of a
+    prompt (`opponents`, by `key_of`), which is none of those that best-of-n chooses from.
+    """
     if (args.gold is None) == (args.judge is None):
         raise InputError("expected --gold or --judge, one of them")
     if args.gold:
@@ -83,10 +87,10 @@ def make_gold(args: argparse.Namespace, prompts: Sequence[Any], start: Sequence[
             raise InputError(f"--gold {args.gold}: expected python:FILE.py:FUNCTION")
         function = load_function(args.gold.removeprefix("python:"))
         return "gold reward", lambda of, texts: [float(function(*pair)) for pair in zip(of, texts, strict=True)]
-    judge, known = make_judge(args.judge), dict(zip(map(repr, prompts), start, strict=True))
+    judge = make_judge(args.judge)
 
     def preferred(of: Sequence[Any], texts: Sequence[str]) -> list[float]:
-        compared = [Comparison(prompt, text, known[repr(prompt)]) for prompt, text in zip(of, texts, strict=True)]
+        compared = [Comparison(one, text, opponents[key_of(one)]) for one, text in zip(of, texts, strict=True)]
         return [math.nan if value is None else value for value in judge(compared)]
 
     return "win rate against the start", preferred
@@ -101,44 +105,39 @@ def measure(args: argparse.Namespace, rows: Path) -> dict[str, Any]:
     """Points of the two curves: `kl`, `score` and `gold`, with intervals over prompts."""
     from generate import Policy
 
-    prompts = list(dict.fromkeys(map(_frozen, load_rows(args.prompts, "prompt")["prompt"])))[: args.limit]
-    prompts = [json.loads(prompt) for prompt in prompts]
+    prompts = list({key_of(one): one for one in load_rows(args.prompts, "prompt")["prompt"]}.values())[: args.limit]
     score = RewardModel.from_pretrained(args.reward_model).score
     most = max(args.best_of)
-    sampling = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens, "temperature": 1.0}
-    start = Policy(args.start, **sampling, seed=args.seed)
-    settings = {name: str(value) for name, value in vars(args).items() if name not in ("output", "run", "png")}
+    start = Policy(args.start, args.batch_size, args.max_new_tokens, temperature=1.0, seed=args.seed)
+    settings = {"prompts": prompts, "tokens": args.max_new_tokens, "seed": args.seed, "batch": args.batch_size}
 
-    def known(name: str, make: Callable[[], Any]) -> Any:
-        file = rows / f"{name}.json"
-        if file.exists() and (found := json.loads(file.read_text(encoding="utf-8")))["settings"] == settings:
-            return found["texts"]
-        texts = make()
-        write_json({"settings": settings, "texts": texts}, file)
-        return texts
+    def known(path: str, count: int, make: Callable[[], list[list[int]]]) -> list[list[int]]:
+        """Ids that an earlier call sampled from the same policy for the same prompts, or that `make` gives."""
+        own = {**settings, "policy": fingerprint(path), "samples": count}
+        return cached(rows / f"{Path(path).parent.name}_{Path(path).name}_{count}.json", own, make)
 
-    repeated = [prompt for prompt in prompts for _ in range(most)]
-    drawn = known("start", lambda: start.complete(repeated, "best of n"))
-    own = drawn[::most]
-    what, gold = make_gold(args, prompts, own)
-    scores, golds = (np.array(of(repeated, drawn)).reshape(len(prompts), most) for of in (score, gold))
+    repeated = [prompt for prompt in prompts for _ in range(most + 1)]
+    drawn = known(args.start, most + 1, lambda: start.sample(repeated, "best of n"))
+    texts = [start.text(ids) for ids in drawn]
+    opponents = dict(zip(map(key_of, prompts), texts[:: most + 1], strict=True))
+    what, gold = make_gold(args, opponents)
+    candidates = [i for i in range(len(texts)) if i % (most + 1)]
+    given, texts = [repeated[i] for i in candidates], [texts[i] for i in candidates]
+    scores, golds = (np.array(of(given, texts)).reshape(len(prompts), most) for of in (score, gold))
     best = []
     for n in args.best_of:
         of_score, of_gold = best_of(scores, golds, n)
         best.append({"n": n, "kl": best_of_kl(n), "score": figures(of_score), "gold": figures(of_gold)})
     points = []
     for folder in checkpoints(Path(args.run)):
-        policy = Policy(str(folder), **sampling, seed=args.seed)
-        texts = known(folder.name, lambda policy=policy, name=folder.name: policy.complete(prompts, name))
-        kl = np.subtract(policy.logprobs(prompts, texts), start.logprobs(prompts, texts))
-        of_score, of_gold = score(prompts, texts), gold(prompts, texts)
+        policy = Policy(str(folder), args.batch_size, args.max_new_tokens, temperature=1.0, seed=args.seed)
+        sampled = known(str(folder), 1, partial(policy.sample, prompts, folder.name))
+        kl = np.subtract(policy.logprobs(prompts, sampled), start.logprobs(prompts, sampled))
+        texts = [policy.text(ids) for ids in sampled]
         step = int(folder.name.split("-")[1])
-        points.append({"step": step, "kl": figures(kl), "score": figures(of_score), "gold": figures(of_gold)})
+        points.append({"step": step, "kl": figures(kl), "score": figures(score(prompts, texts))})
+        points[-1]["gold"] = figures(gold(prompts, texts))
     return {"gold": what, "run": points, "best_of_n": best, "prompts": len(prompts)}
-
-
-def _frozen(prompt: Any) -> str:
-    return json.dumps(prompt, sort_keys=True)
 
 
 def draw(found: dict[str, Any], file: Path) -> None:

@@ -108,23 +108,29 @@ def read(file: Path, needed: Iterable[str]) -> list[Row]:
     Rows of a CSV file, each with its number in `row`, all values as they stand.
 
     Raises:
-        `ValueError`: a column is missing, a row is too short or too long, or there is none.
+        `ValueError`: a column is missing, a row is too short or too long, a quote is not closed, or there is no row.
     """
     csv.field_size_limit(2**31 - 1)
+    try:
+        return _read(file, needed, strict=True)
+    except csv.Error as error:
+        if "end of data" in str(error):
+            raise ValueError(f"a quote is not closed ({error})") from None
+        return _read(file, needed, strict=False)  # text behind a closed quote, which spreadsheets write too
+
+
+def _read(file: Path, needed: Iterable[str], strict: bool) -> list[Row]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
+        reader = csv.DictReader(lines, strict=strict)
         columns = reader.fieldnames or []
         missing = [name for name in ("model_type", *needed) if name not in columns]
         if missing:
             raise ValueError(f"no column {', '.join(map(repr, missing))}; found {', '.join(map(repr, columns))}")
         rows = []
-        try:
-            for number, row in enumerate(reader, 1):
-                if None in row or None in row.values():
-                    raise ValueError(f"row {number}: expected {len(columns)} values, as many as there are columns")
-                rows.append({**row, "row": str(number)})
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"behind row {len(rows)}: {error}") from None
+        for number, row in enumerate(reader, 1):
+            if None in row or None in row.values():
+                raise ValueError(f"row {number}: expected {len(columns)} values, as many as there are columns")
+            rows.append({**row, "row": str(number)})
     if not rows:
         raise ValueError("no rows below the header")
     return rows
@@ -134,7 +140,7 @@ def score(rows: list[Row], task: str) -> dict[str, dict[str, tuple[Found, int]]]
     """Figures with intervals and number of samples, by model and prompt, in the order of the rows."""
     cells: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
-        cells[row["model_type"], row.get("prompt_type", "zeroshot")].append(row)
+        cells[row["model_type"], row.get("prompt_type") or "zeroshot"].append(row)
     found: dict[str, dict[str, tuple[Found, int]]] = defaultdict(dict)
     for (model, prompt), of_cell in cells.items():
         found[model][prompt] = (TASKS[task][0](of_cell), len(of_cell))

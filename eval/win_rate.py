@@ -27,13 +27,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from files import write_json
+from files import key_of, named, write_json
 from intervals import interval, with_interval
 from judges import Comparison, Judge, make_judge
 
 from instructgpt_trl.data import InputError, load_rows
 
 Row = dict[str, Any]
+FEWEST = 50  # comparisons, of which the rate at equal length is worked out
 
 
 class Preference(NamedTuple):
@@ -45,10 +46,6 @@ class Preference(NamedTuple):
     category: str | None = None
     labeler: str | None = None
     group: str | None = None
-
-
-def key_of(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, ensure_ascii=False)
 
 
 def read_completions(file: str) -> dict[tuple[str, int], Row]:
@@ -105,32 +102,49 @@ def compare(models: dict[str, dict], baseline: str, judge: Judge) -> tuple[dict[
     return found, problems
 
 
-def by_labelers(rows: Sequence[Row], models: dict[str, dict], baseline: str) -> dict[str, list[Preference]]:
-    """Preferences of each model but the baseline, of every labeler who ranked both."""
+def by_labelers(
+    rows: Sequence[Row], models: dict[str, dict], baseline: str
+) -> tuple[dict[str, list[Preference]], list[str]]:
+    """Preferences of each model but the baseline, of every labeler who ranked both, and what was left out."""
     found: dict[str, list[Preference]] = {name: [] for name in models if name != baseline}
+    lone = 0
     for row in rows:
-        rank, key = dict(zip(row["models"], row["ranks"], strict=True)), key_of(row["prompt"])
-        for name in found:
-            if name in rank and baseline in rank:
-                own, of = (models[one].get((key, 0), {"completion": ""}) for one in (name, baseline))
-                value = (rank[name] < rank[baseline]) + 0.5 * (rank[name] == rank[baseline])
-                longer = len(own["completion"]) - len(of["completion"])
-                where = (own.get("category") or row.get("category"), row.get("labeler_id"), row.get("group"))
-                found[name].append(Preference(key, value, longer, *where))
-    return found
+        of = {
+            name: (rank, text)
+            for name, rank, text in zip(row["models"], row["ranks"], row["completions"], strict=True)
+        }
+        ranked = [name for name in found if name in of and baseline in of]
+        lone += not ranked
+        for name in ranked:
+            (rank, text), (rank_of_baseline, baselines) = of[name], of[baseline]
+            value = (rank < rank_of_baseline) + 0.5 * (rank == rank_of_baseline)
+            where = (row.get("category"), row.get("labeler_id"), row.get("group"))
+            found[name].append(Preference(key_of(row["prompt"]), value, _length(text) - _length(baselines), *where))
+    return found, [f"{lone} rankings without a model and {baseline} are left out"] * bool(lone)
+
+
+def _length(completion: Any) -> int:
+    return len(completion) if isinstance(completion, str) else sum(len(turn["content"]) for turn in completion)
 
 
 def read_labels(file: str) -> list[Row]:
     """
     Raises:
-        [`InputError`]: a row has no `models`, or as many names as there are not ranks.
+        [`InputError`]: a row has not a name, and where they are there a rating and metadata, for each of its ranks.
     """
     rows = list(load_rows(file, "ranking"))
     for number, row in enumerate(rows, 1):
-        if not row.get("models") or len(row["models"]) != len(row["ranks"]):
+        count = len(row["ranks"])
+        if not row.get("models") or len(row["models"]) != count or len(set(row["models"])) != count:
             raise InputError(
-                f"{file}, row {number}: expected `models`, a name for each of the {len(row['ranks'])} ranks"
+                f"{file}, row {number}: expected `models`, a name for each of the {count} ranks, each once"
             )
+        for name, kind in (("ratings", int | float), ("metadata", dict)):
+            values = row.get(name)
+            if values is not None and (
+                len(values) != count or not all(one is None or isinstance(one, kind) for one in values)
+            ):
+                raise InputError(f"{file}, row {number}: expected `{name}`, one for each of the {count} ranks")
     return rows
 
 
@@ -169,20 +183,24 @@ def length_controlled(values: Sequence[float], longer: Sequence[int]) -> float |
     """
     Win rate at equal length: sigmoid(a) of the logistic regression P(preferred) = sigmoid(a + b tanh(d / s)), where d
     is how much longer the completion is and s the standard deviation of d. A tie is half a win and half a loss. None
-    where everything was won or lost, or lengths never differ.
+    of fewer than 50 values, where everything was won or lost, where lengths never differ, and where length alone tells
+    wins from losses, so that there is no such rate to be found.
 
     Source: https://github.com/tatsu-lab/alpaca_eval/blob/v0.6.6/src/alpaca_eval/metrics/glm_winrate.py
     """
     from sklearn.linear_model import LogisticRegression
 
     values, longer = np.asarray(values, dtype=float), np.asarray(longer, dtype=float)
-    weights = np.concatenate([values, 1 - values])
     spread = longer.std()
-    if not spread or min(values.sum(), (1 - values).sum()) == 0:
+    if len(values) < FEWEST or not spread or min(values.sum(), (1 - values).sum()) == 0:
         return None
-    x = np.tanh(longer / spread)[:, None]
-    y = np.repeat([1, 0], len(values))
-    fitted = LogisticRegression(C=1e6).fit(np.concatenate([x, x]), y, sample_weight=weights)
+    x = np.tanh(longer / spread)
+    won, lost = x[values > 0], x[values < 1]
+    if won.min() >= lost.max() or won.max() <= lost.min():
+        return None
+    both = np.concatenate([x, x])[:, None]
+    wins = np.repeat([1, 0], len(values))
+    fitted = LogisticRegression(C=1e4).fit(both, wins, sample_weight=np.concatenate([values, 1 - values]))
     return float(1 / (1 + np.exp(-fitted.intercept_[0])))
 
 
@@ -234,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Read, compare, and print the table; what is written."""
-    files = dict(one.partition("=")[::2] for one in args.completions)
+    files = named(args.completions, "--completions")
     if len(files) < 2 or args.baseline not in files:
         raise InputError(f"--baseline {args.baseline}: expected one of two or more --completions ({', '.join(files)})")
     if (args.judge is None) == (args.labels is None):
@@ -242,8 +260,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     models = {name: read_completions(file) for name, file in files.items()}
     more: dict[str, Any] = {}
     if args.labels:
-        rows, problems = read_labels(args.labels), []
-        preferences = by_labelers(rows, models, args.baseline)
+        rows = read_labels(args.labels)
+        preferences, problems = by_labelers(rows, models, args.baseline)
         if means := ratings_and_metadata(rows):
             more["means"] = means
     else:

@@ -9,7 +9,7 @@ import torch
 from conftest import make_llama
 from generate import Policy
 
-from instructgpt_trl.data import encode_completion, encode_prompt
+from instructgpt_trl.data import encode_prompt
 
 CHAT = [{"role": "user", "content": "hi"}]
 PROMPTS = ["ab", "a longer prompt", CHAT, "c", "ab"]
@@ -31,12 +31,12 @@ def greedy(policy, prompt, tokens) -> str:
             ids.append(policy.model(torch.tensor([ids])).logits[0, -1].argmax().item())
         if ids[-1] == policy.tokenizer.eos_token_id:
             break
-    return policy.tokenizer.decode(ids[start:], skip_special_tokens=True)
+    return policy.tokenizer.decode(ids[start:], skip_special_tokens=True)  # with the space around it
 
 
 def test_greedy_completions_are_the_models_own(folder):
     policy = Policy(folder, batch_size=2, max_new_tokens=9)
-    assert policy.complete(PROMPTS) == [greedy(policy, prompt, 9).strip() for prompt in PROMPTS]
+    assert policy.complete(PROMPTS) == [greedy(policy, prompt, 9) for prompt in PROMPTS]
 
 
 def test_cut_before_the_first_newline(folder, monkeypatch):
@@ -53,15 +53,20 @@ def test_cut_before_the_first_newline(folder, monkeypatch):
     assert policy.complete(list(texts)) == ["one", "", "four"]
 
 
-def test_log_probabilities_of_completions(folder):
-    policy = Policy(folder, batch_size=2)
-    texts = ["x", "yz", "hello", "", "x"]
-    for prompt, text, found in zip(PROMPTS, texts, policy.logprobs(PROMPTS, texts), strict=True):
+def test_log_probabilities_are_of_the_sampled_tokens(folder):
+    """With the end only where a sample came to one, not of a text that is encoded again."""
+    policy = Policy(folder, batch_size=2, max_new_tokens=7, temperature=1.0)
+    ends = set(range(32))  # so that some come to one
+    policy._ends = lambda prompt: ends
+    prompts = PROMPTS * 8
+    sampled = policy.sample(prompts)
+    assert {ids[-1] in ends for ids in sampled} == {True, False} and not any(ends & {*ids[:-1]} for ids in sampled)
+    assert all(len(ids) == 7 or ids[-1] in ends for ids in sampled)
+    for prompt, ids, found in zip(prompts, sampled, policy.logprobs(prompts, sampled), strict=True):
         start = encode_prompt(policy.tokenizer, prompt)
-        ids = start + encode_completion(policy.tokenizer, prompt, text)
         with torch.no_grad():
-            each = policy.model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        expected = sum(each[i - 1, ids[i]].item() for i in range(len(start), len(ids)))
+            each = policy.model(torch.tensor([start + ids])).logits[0].log_softmax(-1)
+        expected = sum(each[len(start) + i - 1, token].item() for i, token in enumerate(ids))
         assert found == pytest.approx(expected, abs=1e-4)
 
 
@@ -118,22 +123,25 @@ def test_goes_on_where_it_stopped_with_the_same_rows(run, flags, monkeypatch):
     assert not list(again.parent.glob("part.jsonl.*"))
 
 
-def test_a_line_cut_off_by_a_crash_is_written_again(run, tmp_path):
-    whole = run("whole.jsonl").read_text(encoding="utf-8")
-    begun = json.dumps({"settings": settings_of(tmp_path, run)})
+@pytest.mark.parametrize("kept", [0, 1, 2, 3, 5])
+def test_a_line_cut_off_by_a_crash_is_written_again(run, tmp_path, kept):
+    """And a batch of which only some rows were written is sampled again, with its own seed."""
+    flags = ("--temperature", "1")
+    whole = run("whole.jsonl", *flags).read_text(encoding="utf-8")
+    begun = json.dumps({"settings": settings_of(tmp_path, run, *flags)})
     lines = whole.split("\n")
     part = tmp_path / "out.jsonl.part"
-    part.write_text("\n".join([begun, *lines[:2], lines[2][:9]]), encoding="utf-8")
-    assert run().read_text(encoding="utf-8") == whole
+    part.write_text("\n".join([begun, *lines[:kept], lines[kept][:9]]), encoding="utf-8")
+    assert run("out.jsonl", *flags).read_text(encoding="utf-8") == whole
 
 
-def settings_of(tmp_path, run) -> dict:
+def settings_of(tmp_path, run, *flags) -> dict:
     """What a run with these flags writes first."""
     seen = []
     original = generate.write_completions
     generate.write_completions = lambda rows, output, settings, policy: seen.append(settings)
     try:
-        run()
+        run("settings.jsonl", *flags)
     finally:
         generate.write_completions = original
     return seen[0]
@@ -149,5 +157,10 @@ def test_nothing_is_overwritten_or_mixed(run, tmp_path):
     part.write_text(json.dumps({"settings": {**settings_of(tmp_path, run), "seed": 5, "samples": 9}}) + "\n")
     with pytest.raises(SystemExit, match=r"begun with other samples, seed \(9, 5\)"):
         run("other.jsonl")
+    part = tmp_path / "prompts2.jsonl.part"
+    rows = [{"prompt": "other", "completion": "x"}]
+    part.write_text("".join(json.dumps(one) + "\n" for one in [{"settings": settings_of(tmp_path, run)}, *rows]))
+    with pytest.raises(SystemExit, match="begun with other prompts"):
+        run("prompts2.jsonl")
     with pytest.raises(SystemExit, match="nothing.jsonl"):
         generate.main(["--model", "x", "--prompts", str(tmp_path / "nothing.jsonl"), "--output", str(tmp_path / "o")])

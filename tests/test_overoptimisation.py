@@ -8,6 +8,7 @@ import numpy as np
 import overoptimisation
 import pytest
 from conftest import make_llama
+from judges import by_scores
 from overoptimisation import best_of, best_of_kl, checkpoints, draw
 
 from instructgpt_trl.data import InputError
@@ -75,7 +76,7 @@ def test_points_of_a_run_and_of_best_of_n(stage, monkeypatch):
     found = run(stage, "--gold", f"python:{stage / 'gold.py'}:gold")
     assert found["prompts"] == 3 and [point["step"] for point in found["run"]] == [2, 10]
     same, other = found["run"]
-    assert same["kl"] == pytest.approx([0, 0, 0], abs=1e-4) and abs(other["kl"][0]) > 0.1
+    assert same["kl"] == pytest.approx([0, 0, 0], abs=1e-4) and other["kl"][0] > 0.1
     for point in found["run"] + found["best_of_n"]:
         assert point["gold"][0] == pytest.approx(-point["score"][0])
     one, four = found["best_of_n"]
@@ -84,16 +85,65 @@ def test_points_of_a_run_and_of_best_of_n(stage, monkeypatch):
     assert (stage / "over.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_kl_is_that_of_what_was_sampled(stage, monkeypatch):
+    """Of one token it is the sum over the vocabulary, here the mean over many prompts that are all the same to it."""
+    import torch
+    from generate import Policy
+
+    policies = [Policy(str(stage / name), 64, 1, temperature=1.0) for name in ("run/checkpoint-10", "start")]
+    prompts = ["ab"] * 4000
+    sampled = policies[0].sample(prompts)
+    own, start = (np.array(policy.logprobs(prompts, sampled)) for policy in policies)
+    ids = torch.tensor([policies[0].tokenizer("ab")["input_ids"]])
+    with torch.no_grad():
+        of_own, of_start = (policy.model(ids).logits[0, -1].log_softmax(-1) for policy in policies)
+    expected = (of_own.exp() * (of_own - of_start)).sum().item()
+    error = (own - start).std() / math.sqrt(len(prompts))
+    assert expected > 10 * error and abs((own - start).mean() - expected) < 4 * error
+
+
 def test_completions_are_kept(stage, monkeypatch):
+    """For another judge too; not for another run, start or seed."""
     monkeypatch.setattr(overoptimisation, "RewardModel", Scorer)
     gold = ("--gold", f"python:{stage / 'gold.py'}:gold")
     found = run(stage, *gold)
     import generate
 
-    monkeypatch.setattr(generate.Policy, "complete", None)
+    def sample(*args):
+        raise TypeError("sampled again")
+
+    monkeypatch.setattr(generate.Policy, "sample", sample)
     assert run(stage, *gold) == found
-    with pytest.raises(TypeError):  # other settings: other completions
-        run(stage, *gold, "--seed", "1")
+    assert run(stage, "--judge", f"python:{stage / 'judge.py'}:judge")["run"][0]["kl"] == found["run"][0]["kl"]
+    for changed in (("--seed", "1"), ("--start", str(stage / "run/checkpoint-10")), ("--max_new_tokens", "4")):
+        with pytest.raises(TypeError):
+            run(stage, *gold, *changed)
+    make_llama(7).save_pretrained(stage / "run/checkpoint-10")  # another run into the same folder
+    with pytest.raises(TypeError):
+        run(stage, *gold)
+
+
+def test_the_opponent_is_none_of_the_candidates(stage, monkeypatch):
+    """With a judge who says what the score says, best of n beats an independent sample n of n + 1 times."""
+
+    class Random:
+        """A score of its own for each text, by its place in the call."""
+
+        def __init__(self):
+            self.known = {}
+
+        def score(self, prompts, completions):
+            rng = np.random.default_rng(0)
+            return [self.known.setdefault(text, rng.random()) for text in completions]
+
+    scorer, count = Random(), 300
+    monkeypatch.setattr(overoptimisation, "RewardModel", type("RM", (), {"from_pretrained": lambda path: scorer}))
+    judge = by_scores(scorer.score)
+    monkeypatch.setattr(overoptimisation, "make_judge", lambda name: judge)
+    (stage / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(count)))
+    found = run(stage, "--judge", "x", "--limit", str(count), "--max_new_tokens", "12")
+    rates = [point["gold"][0] for point in found["best_of_n"]]
+    assert rates[0] == pytest.approx(1 / 2, abs=0.06) and rates[1] == pytest.approx(4 / 5, abs=0.06)
 
 
 def test_against_a_judge(stage, monkeypatch):

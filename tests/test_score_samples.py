@@ -163,6 +163,13 @@ def test_cells_by_model_and_prompt(tmp_path):
     assert {m: list(p) for m, p in run(tmp_path, rows, "drop").items()} == {"b": ["zeroshot"], "a": ["zeroshot"]}
 
 
+def test_text_behind_a_closed_quote_and_an_empty_prompt_type(tmp_path):
+    file = tmp_path / "in.csv"
+    file.write_text('model_type,prompt_type,ref_text,sample\nm,,r,"a"b\n')
+    (row,) = score_samples.read(file, ("sample", "ref_text"))
+    assert row["sample"] == "ab" and list(score_samples.score([row], "tldr")["m"]) == ["zeroshot"]
+
+
 def test_other_tasks(tmp_path):
     model = {"model_type": "m", "prompt_type": "p"}
     texts = [{**model, "ref_text": "one two three four|five", "sample": "one two three four|five"}] * 2
@@ -197,7 +204,7 @@ def test_published_figures_inside_and_outside(tmp_path, capsys):
         ("model_type,sample,ref_text\n", "tldr", "no rows below the header"),
         ("model_type,sample,ref_text\nm,s,r\nm,s\n", "tldr", "row 2: expected 3 values"),
         ("model_type,sample,ref_text\nm,s,r,t\n", "tldr", "row 1: expected 3 values"),
-        ('model_type,sample,ref_text\nm,s,"r\n', "tldr", "behind row 0: unexpected end"),
+        ('model_type,sample,ref_text\nm,s,"r\n', "tldr", "a quote is not closed"),
         (
             "model_type,toxicity\nm,0.5\nm,high\n",
             "real_toxicity",

@@ -164,15 +164,18 @@ def test_breakdowns():
 
 def test_labelers_each_have_a_say():
     """Two of three training labelers prefer the model, one ties; the held-out one does not. One ranked no baseline."""
-    models = {"sft": {("p", 0): {"completion": "xx"}}, "ppo": {("p", 0): {"completion": "xxxx", "category": "chat"}}}
+    models = {"sft": {}, "ppo": {}}
     rows = [
-        {"prompt": "p", "models": ["ppo", "sft"], "ranks": ranks, "labeler_id": str(i), "group": group}
+        {"prompt": "p", "models": ["ppo", "sft"], "completions": ["xxxx", "xx"], "ranks": ranks, "labeler_id": str(i)}
+        | {"group": group, "category": "chat"}
         for i, (ranks, group) in enumerate(
             [([1, 2], "training"), ([1, 3], "training"), ([1, 1], "training"), ([2, 1], "held_out")]
         )
     ]
-    rows.append({"prompt": "p", "models": ["ppo", "other"], "ranks": [1, 2], "labeler_id": "9"})
-    found = by_labelers(rows, models, "sft")["ppo"]
+    rows.append({**rows[0], "models": ["ppo", "other"], "labeler_id": "9"})
+    found, problems = by_labelers(rows, models, "sft")
+    found = found["ppo"]
+    assert problems == ["1 rankings without a model and sft are left out"]
     assert [(one.value, one.longer, one.category) for one in found] == [
         (1, 2, "chat"), (1, 2, "chat"), (0.5, 2, "chat"), (0, 2, "chat")
     ]  # fmt: skip
@@ -210,8 +213,21 @@ def test_length_control_finds_the_rate_at_equal_length():
         wins = rng.random(20_000) < 1 / (1 + np.exp(-a - 3 * np.tanh(longer / longer.std())))
         assert wins.mean() > 0.62
         assert length_controlled(wins, longer) == pytest.approx(1 / (1 + math.exp(-a)), abs=0.02)
-    assert length_controlled([1, 1], [1, 2]) is None and length_controlled([1, 0], [2, 2]) is None
-    assert length_controlled([0.5] * 4, [1, 2, 3, 4]) == pytest.approx(0.5)
+    assert length_controlled([0.5] * 50, range(50)) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "values, longer",
+    [
+        ([1, 0] * 24, range(48)),  # few
+        ([1] * 60, range(60)),  # all won
+        ([1, 0] * 30, [2] * 60),  # no difference in length
+        ([0] * 30 + [1] * 30, range(60)),  # length alone tells
+        ([1] * 30 + [0] * 30, range(60)),
+    ],
+)
+def test_no_rate_at_equal_length_where_there_is_none_to_be_found(values, longer):
+    assert length_controlled(values, longer) is None
 
 
 # The command
