@@ -26,7 +26,7 @@ from typing import Any
 
 import krippendorff
 import numpy as np
-from files import write_json
+from files import cached, key_of, write_json, write_text
 from intervals import with_interval
 
 from instructgpt_trl.data import InputError, load_rows
@@ -43,7 +43,7 @@ def judgements(rows: Sequence[Row]) -> dict[tuple, dict[str, int]]:
     """
     found: dict[tuple, dict[str, int]] = defaultdict(dict)
     for row in rows:
-        prompt = json.dumps(row["prompt"], sort_keys=True)
+        prompt = key_of(row["prompt"])
         texts = [json.dumps(one, sort_keys=True) for one in row["completions"]]
         ranked = sorted(zip(texts, row["ranks"], strict=True))
         for (a, of_a), (b, of_b) in itertools.combinations(ranked, 2):
@@ -102,21 +102,28 @@ def groups_of(labelers: Sequence[str], count: int, seed: int) -> list[list[str]]
 
 def folds(rows: Sequence[Row], count: int, seed: int) -> Iterator[dict[str, list[Row]]]:
     """
-    For each group of labelers: "train", rows of the others but for a tenth of the prompts; "same", rows of the others
-    on that tenth; "other", all rows of the group.
+    For each group of labelers: "train", rows of the others but for a tenth of prompts; "same", rows of the others
+    on that tenth; "other", rows of the group on prompts that are not in "train".
     """
     groups = groups_of([row["labeler_id"] for row in rows], count, seed)
-    prompts = sorted({json.dumps(row["prompt"], sort_keys=True) for row in rows})
+    prompts = sorted({key_of(row["prompt"]) for row in rows})
     order = np.random.default_rng(seed).permutation(len(prompts))
     held_out = {prompts[i] for i in order[: max(1, round(HELD_OUT * len(prompts)))]}
     for group in groups:
         parts: dict[str, list[Row]] = {"train": [], "same": [], "other": []}
         for row in rows:
-            new = json.dumps(row["prompt"], sort_keys=True) in held_out
+            new = key_of(row["prompt"]) in held_out
             if row["labeler_id"] in group:
                 parts["other"].append(row)
             else:
                 parts["same" if new else "train"].append(row)
+        trained_on = {key_of(row["prompt"]) for row in parts["train"]}
+        parts["other"] = [row for row in parts["other"] if key_of(row["prompt"]) not in trained_on]
+        empty = [name for name, of in parts.items() if not of]
+        if empty:
+            raise InputError(
+                f"a group of {len(group)} labelers leaves no rows of kind {', '.join(empty)}; add prompts"
+            )
         yield parts
 
 
@@ -129,7 +136,7 @@ def accuracy(score: Any, rows: Sequence[Row]) -> list[float]:
             better = np.sign(row["ranks"][j] - row["ranks"][i])
             if better:
                 right.append(0.5 + 0.5 * better * np.sign(scores[i] - scores[j]))
-                prompts.append(json.dumps(row["prompt"], sort_keys=True))
+                prompts.append(key_of(row["prompt"]))
     return with_interval(right, prompts)
 
 
@@ -140,18 +147,18 @@ def train_folds(rows: Sequence[Row], folder: Path, count: int, seed: int, flags:
     found: dict[str, list] = {"same": [], "other": []}
     for number, parts in enumerate(folds(rows, count, seed)):
         of_fold = folder / str(number)
-        of_fold.mkdir(parents=True, exist_ok=True)
-        done = of_fold / "accuracy.json"
-        if not done.exists():
-            data = of_fold / "train.jsonl"
+
+        def measured(parts: dict[str, list[Row]] = parts, of_fold: Path = of_fold) -> dict[str, list[float]]:
+            of_fold.mkdir(parents=True, exist_ok=True)
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in parts["train"]]
-            data.write_text("".join(lines), encoding="utf-8")
-            out = of_fold / "reward"
-            command = [sys.executable, str(RECIPE), "--dataset", str(data), "--output_dir", str(out), *flags]
-            subprocess.run(command, check=True)
-            score = RewardModel.from_pretrained(str(out)).score
-            write_json({name: accuracy(score, parts[name]) for name in found}, done)
-        for name, value in json.loads(done.read_text(encoding="utf-8")).items():
+            write_text("".join(lines), of_fold / "train.jsonl")
+            given = ["--dataset", str(of_fold / "train.jsonl"), "--output_dir", str(of_fold / "reward"), *flags]
+            subprocess.run([sys.executable, str(RECIPE), *given], check=True)
+            score = RewardModel.from_pretrained(str(of_fold / "reward")).score
+            return {name: accuracy(score, parts[name]) for name in ("same", "other")}
+
+        settings = {"rows": parts, "flags": list(flags)}
+        for name, value in cached(of_fold / "accuracy.json", settings, measured).items():
             found[name].append(value)
     return {
         "labelers of the training data": _mean_and_error([value for value, *_ in found["same"]]),

@@ -8,6 +8,7 @@ where it failed. `make_judge` reads `reward_model:DIR`, `openai:MODEL@URL` and `
 import importlib.util
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -103,20 +104,40 @@ def load_function(name: str) -> Callable[..., Any]:
 
 def _python(name: str) -> Judge:
     """`FUNCTION(prompt, first, second)` gives a number from 0 to 1; an exception is a failed judgement."""
-    return partial(_each, load_function(name))
+    return partial(each, load_function(name), what=f"judge python:{name}")
 
 
-def _each(function: Callable[[Any, str, str], float], comparisons: Sequence[Comparison]) -> list[float | None]:
-    return [asked(function, one) for one in tqdm(comparisons, desc="judge")]
+def each(
+    function: Callable[..., float], items: Sequence[Sequence[Any]], what: str, workers: int = 1
+) -> list[float | None]:
+    """
+    What `function(*item)` says of each, a number from 0 to 1, or None where it raises or says something else; why is
+    told on the terminal.
 
+    Raises:
+        [`InputError`]: it failed on all of them.
+    """
+    failed: Counter[str] = Counter()
 
-def asked(function: Callable[..., float], of: Sequence[Any]) -> float | None:
-    """What `function(*of)` says, a number from 0 to 1, or None: whatever it raises, other judgements count."""
-    try:
-        found = float(function(*of))
-    except Exception:
+    def ask(item: Sequence[Any]) -> float | None:
+        try:
+            found = float(function(*item))
+            if 0 <= found <= 1:
+                return found
+            failed[f"{found} is not from 0 to 1"] += 1
+        except Exception as error:  # whatever it raises, the others count
+            failed[f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"] += 1
         return None
-    return found if 0 <= found <= 1 else None
+
+    with ThreadPoolExecutor(workers) as pool:
+        found = list(tqdm(pool.map(ask, items), total=len(items), desc=what))
+    if failed:
+        (reason, _), *_ = failed.most_common(1)
+        message = f"{what}: failed on {failed.total()} of {len(items)}, most often with {reason}"
+        if failed.total() == len(items):
+            raise InputError(message)
+        tqdm.write(f"note: {message}")
+    return found
 
 
 def _openai(name: str) -> Judge:
@@ -133,22 +154,26 @@ def _openai(name: str) -> Judge:
         text = QUESTION.format(prompt=as_text(prompt), first=first, second=second)
         body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 8, "temperature": 0}
         answer = post(f"{url.rstrip('/')}/chat/completions", body, headers)["choices"][0]["message"]["content"]
-        return {"a": 1.0, "b": 0.0, "tie": 0.5}[_word(answer)]
+        return _verdict(answer)
 
     def in_both_orders(prompt: Any, first: str, second: str) -> float:
         return (ask(prompt, first, second) + 1 - ask(prompt, second, first)) / 2
 
-    def judge(comparisons: Sequence[Comparison]) -> list[float | None]:
-        with ThreadPoolExecutor(8) as pool:
-            found = pool.map(partial(asked, in_both_orders), comparisons)
-            return list(tqdm(found, total=len(comparisons), desc="judge"))
-
-    return judge
+    return partial(each, in_both_orders, what=f"judge {model}", workers=8)
 
 
-def _word(text: str) -> str:
-    """The one word of an answer, without marks around it."""
-    return re.sub(r"\W+", " ", text).strip().lower()
+def _verdict(text: str) -> float:
+    """
+    Of "A", "Answer B." or "**tie**".
+
+    Raises:
+        `ValueError`: it is something else.
+    """
+    words = re.sub(r"\W+", " ", text).lower().split()
+    verdict = {"a": 1.0, "b": 0.0, "tie": 0.5}.get(words[words[:1] == ["answer"]] if len(words) in (1, 2) else "")
+    if verdict is None:
+        raise ValueError(f"the answer '{text[:60]}' is not A, B or tie")
+    return verdict
 
 
 def as_text(prompt: Any) -> str:

@@ -206,7 +206,7 @@ def write_report(folder: Path, found: dict[str, Any]) -> None:
     """
     all_panels = list(panels(found["parts"]))
     models = list(found["models"])
-    curves = found["parts"].get("overoptimisation", {}).get("png")
+    curves = folder / "overoptimisation.png" if "overoptimisation" in found["parts"] else None
     page = Environment(autoescape=True).from_string(TEMPLATE)
     rendered = page.render(
         found=found,
@@ -214,7 +214,7 @@ def write_report(folder: Path, found: dict[str, Any]) -> None:
         parts=list(dict.fromkeys(panel.part for panel in all_panels)),
         panels=[(panel, picture(panel, models)) for panel in all_panels],
         shown=shown,
-        curves=base64.b64encode(Path(curves).read_bytes()).decode("ascii") if curves else None,
+        curves=base64.b64encode(curves.read_bytes()).decode("ascii") if curves else None,
     )
     write_text(rendered, folder / "report.html")
     write_text(markdown(found, all_panels), folder / "report.md")

@@ -12,10 +12,12 @@ does what is not there yet. The report is report.html, report.md and report.json
 """
 
 import argparse
+import hashlib
 import json
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,9 @@ import overoptimisation
 import toxicity
 import truthful
 import win_rate
-from files import write_json
+from files import cached, fingerprint, named
+from generate import Policy, write_completions
+from language_model import LanguageModel
 from report import write_report
 from tqdm import tqdm
 
@@ -66,23 +70,49 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 class Run:
-    """One call: models, rows and where what is finished stands."""
+    """One call: models, rows, and the folder in which what is finished stands."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.rows, self.folder = args, SUITES[args.suite], args.output
-        self.models = dict(one.partition("=")[::2] for one in args.models)
-        if len(self.models) < len(args.models) or not all(self.models.values()):
-            raise InputError(f"--models {' '.join(args.models)}: expected NAME=DIR, each name once")
+        self.models = named(args.models, "--models")
+        self.data = {name: files.split(",") for name, files in named(args.data, "--data").items()}
+        self.tasks = args.tasks if args.tasks is not None else list(self.data)
+        unknown = [task for task in [*self.tasks, *self.data] if task not in alignment_tax.SHOTS]
+        if unknown:
+            raise InputError(f"task '{unknown[0]}': expected one of {', '.join(alignment_tax.SHOTS)}")
         self.baseline = args.baseline or ("sft" if "sft" in self.models else next(iter(self.models)))
         if self.baseline not in self.models:
             raise InputError(f"--baseline {self.baseline}: expected one of {', '.join(self.models)}")
         self.notes: list[str] = []
 
-    def part(self, name: str, needed: bool, missing: str, make: Callable[[], Any]) -> Any:
-        """What `make` gives, from an earlier call if it is there; None, and a note, if it cannot run or fails."""
-        if not needed:
-            self.notes.append(f"{name}: not run; {missing}")
-            return None
+    def parts(self) -> dict[str, Any]:
+        """Every part that has what it needs; why another did not run, or failed, is in `notes`."""
+        args = self.args
+        judged, pairs = args.judge or args.labels, args.winogender or args.crows_pairs
+        run = args.run and args.reward_model and args.prompts and (args.gold or args.judge)
+        two = len(self.models) > 1
+        todo: dict[str, tuple[Any, str, Callable[[], Any]]] = {
+            "preference": (
+                two and args.prompts and judged,
+                "two models, --prompts, --judge or --labels",
+                self.preference,
+            ),
+            "truthfulness": (args.questions, "--questions", self.truthfulness),
+            "toxicity": (args.scorer, "--scorer", self.toxicity),
+            "bias": (pairs, "--winogender or --crows_pairs", self.bias),
+            "alignment tax": (self.tasks or args.text, "--tasks, --data or --text", self.tax),
+            "overoptimisation": (run, "--run, --reward_model, --prompts, --gold or --judge", self.overoptimisation),
+        }
+        found = {}
+        for name, (given, needed, make) in todo.items():
+            if not given:
+                self.notes.append(f"{name}: not run; it takes {needed}")
+            elif (part := self.attempt(name, make)) is not None:
+                found[name] = part
+        return found
+
+    def attempt(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives; None where it fails, which is noted."""
         try:
             return make()
         except Exception as error:
@@ -91,109 +121,77 @@ class Run:
             self.notes.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
             return None
 
-    def of_each_model(self, name: str, settings: dict[str, Any], make: Callable[[str], Any]) -> dict[str, Any]:
-        """By model what `make(path)` gives; a model that fails is noted."""
+    def of_each_model(self, name: str, settings: dict[str, Any], make: Callable[[str], Any]) -> dict[str, Any] | None:
+        """By model what `make(path)` gives, or gave in an earlier call with these settings; None without any."""
         found = {}
         for model, path in tqdm(self.models.items(), desc=name):
+            own = {**settings, "model": fingerprint(path)}
             file = self.folder / name / f"{model}.json"
-            known = _read(file)
-            settings = {**settings, "model": path}
-            if known is None or known["settings"] != settings:
-                made = self.part(f"{name}, {model}", True, "", lambda path=path: make(path))
-                if made is None:
-                    continue
-                write_json({"settings": settings, "found": made}, file)
-                known = _read(file)
-            found[model] = known["found"]
-        return found
-
-    def parts(self) -> dict[str, Any]:
-        args = self.args
-        tasks = args.tasks if args.tasks is not None else [one.partition("=")[0] for one in args.data]
-        found = {
-            "preference": self.part(
-                "preference",
-                len(self.models) > 1 and bool(args.prompts) and bool(args.judge or args.labels),
-                "it takes two models, --prompts, and --judge or --labels",
-                self.preference,
-            ),
-            "truthfulness": self.part("truthfulness", bool(args.questions), "it takes --questions", self.truthfulness),
-            "toxicity": self.part("toxicity", bool(args.scorer), "it takes --scorer", self.toxicity),
-            "bias": self.part(
-                "bias", bool(args.winogender or args.crows_pairs), "it takes --winogender or --crows_pairs", self.bias
-            ),
-            "alignment tax": self.part(
-                "alignment tax",
-                bool(tasks or args.text),
-                "it takes --tasks, --data or --text",
-                lambda: self.tax(tasks),
-            ),
-            "overoptimisation": self.part(
-                "overoptimisation",
-                bool(args.run and args.reward_model and args.prompts and (args.gold or args.judge)),
-                "it takes --run, --reward_model, --prompts, and --gold or --judge",
-                self.overoptimisation,
-            ),
-        }
-        return {name: of for name, of in found.items() if of}
+            made = self.attempt(f"{name}, {model}", partial(cached, file, own, partial(make, path)))
+            if made is not None:
+                found[model] = made
+        return found or None
 
     def preference(self) -> dict[str, Any]:
-        from generate import Policy, write_completions
-
         args = self.args
         rows = list(load_rows(args.prompts, "prompt"))[: self.rows["prompts"]]
         files = {}
         for model, path in self.models.items():
-            file = self.folder / "completions" / f"{model}.jsonl"
-            if not file.exists():
-                settings = {"model": path, "prompts": args.prompts, "rows": len(rows), "tokens": args.max_new_tokens}
-                policy = Policy(path, args.batch_size, args.max_new_tokens)
-                write_completions(rows, file, settings, policy)
-            files[model] = file
-        completions = [f"{model}={file}" for model, file in files.items()]
+            if file := self.attempt(f"preference, {model}", partial(self.completions, model, path, rows)):
+                files[model] = file
+        if self.baseline not in files or len(files) < 2:
+            raise InputError(
+                f"completions of {', '.join(files) or 'no model'}; needed are {self.baseline}'s and another's"
+            )
         given = argparse.Namespace(
-            completions=completions, baseline=self.baseline, judge=args.judge, labels=args.labels
+            completions=[f"{model}={file}" for model, file in files.items()],
+            baseline=self.baseline,
+            judge=None if args.labels else args.judge,
+            labels=args.labels,
         )
-        if args.labels:
-            given.judge = None
-        found = win_rate.run(given)
+        settings = {"files": [fingerprint(file) for file in files.values()], **vars(given)}
+        settings["who"] = fingerprint(args.labels or args.judge.split(":")[1])
+        found = cached(self.folder / "preference.json", settings, lambda: win_rate.run(given))
         self.notes += [f"preference: {note}" for note in found["notes"]]
         return found
 
-    def truthfulness(self) -> dict[str, Any]:
-        from generate import Policy
+    def completions(self, model: str, path: str, rows: list[dict[str, Any]]) -> Path:
+        """The file of a model's completions; other settings have other files."""
+        settings = {"model": fingerprint(path), "rows": rows, "tokens": self.args.max_new_tokens}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+        file = self.folder / "completions" / f"{model}_{digest}.jsonl"
+        if not file.exists():
+            policy = Policy(path, self.args.batch_size, self.args.max_new_tokens)
+            write_completions(rows, file, {"digest": digest}, policy)
+        return file
 
+    def truthfulness(self) -> dict[str, Any] | None:
         args = self.args
         questions = truthful.read_questions(args.questions)[: self.rows["questions"]]
         judges = {"True": args.truth_judge, "Helpful": args.info_judge}
         judges = {word: truthful.make_judge(name, word) for word, name in judges.items() if name}
         if "True" not in judges:
             self.notes.append("truthfulness: answers without figures; they take --truth_judge and --info_judge")
-        return self.of_each_model(
-            "truthfulness",
-            {"questions": args.questions, "rows": len(questions), "judges": [args.truth_judge, args.info_judge]},
-            lambda path: truthful.measure(
-                Policy(path, args.batch_size, 64, cut_at_newline=True).complete, judges, questions
-            ),
-        )
 
-    def toxicity(self) -> dict[str, Any]:
-        from generate import Policy
+        def measure(path: str) -> dict[str, Any]:
+            policy = Policy(path, args.batch_size, 64, cut_at_newline=True)
+            return truthful.measure(policy.complete, judges, questions)
 
+        settings = {"questions": questions, "judges": [args.truth_judge, args.info_judge]}
+        return self.of_each_model("truthfulness", settings, measure)
+
+    def toxicity(self) -> dict[str, Any] | None:
         args = self.args
         score = toxicity.make_scorer(args.scorer)
         prompts = toxicity.read_prompts(args.toxicity_prompts)[: self.rows["toxicity"]]
-        return self.of_each_model(
-            "toxicity",
-            {"prompts": args.toxicity_prompts, "rows": len(prompts), "scorer": args.scorer},
-            lambda path: toxicity.measure(
-                Policy(path, args.batch_size, 64, cut_at_newline=True).complete, score, prompts, samples=1
-            ),
-        )
 
-    def bias(self) -> dict[str, Any]:
-        from language_model import LanguageModel
+        def measure(path: str) -> dict[str, Any]:
+            policy = Policy(path, args.batch_size, 64, cut_at_newline=True)
+            return toxicity.measure(policy.complete, score, prompts, samples=1)
 
+        return self.of_each_model("toxicity", {"prompts": prompts, "scorer": args.scorer}, measure)
+
+    def bias(self) -> dict[str, Any] | None:
         args = self.args
         files = {"winogender": (args.winogender, bias.read_winogender)}
         files |= {"crows_pairs": (args.crows_pairs, bias.read_crows_pairs)}
@@ -203,19 +201,15 @@ class Run:
             lm = LanguageModel(path, args.batch_size, dtype="auto")
             return {name: bias.measure(lm, of, stereotypes=name == "crows_pairs") for name, of in pairs.items()}
 
-        return self.of_each_model("bias", {"pairs": {name: len(of) for name, of in pairs.items()}}, measure)
+        return self.of_each_model("bias", {"pairs": pairs}, measure)
 
-    def tax(self, tasks: list[str]) -> dict[str, Any]:
+    def tax(self) -> dict[str, Any] | None:
         args = self.args
-        data = {name: files.split(",") for name, _, files in (one.partition("=") for one in args.data)}
-        unknown = [task for task in [*tasks, *data] if task not in alignment_tax.SHOTS]
-        if unknown:
-            raise InputError(f"task '{unknown[0]}': expected one of {', '.join(alignment_tax.SHOTS)}")
-        todo = alignment_tax.plan(tasks, args.suite == "paper", args.text)
-        folder = self.folder / "alignment_tax"
-        found = alignment_tax.measure(self.models, todo, folder, self.rows["tasks"], data, args.text, args.batch_size)
+        todo = alignment_tax.plan(self.tasks, args.suite == "paper", args.text)
+        folder, limit = self.folder / "alignment_tax", self.rows["tasks"]
+        found = alignment_tax.measure(self.models, todo, folder, limit, self.data, args.text, args.batch_size)
         self.notes += [f"alignment tax: {note}" for note in found["notes"]]
-        return found
+        return found if found["tasks"] else None
 
     def overoptimisation(self) -> dict[str, Any]:
         args, file = self.args, self.folder / "overoptimisation.json"
@@ -231,19 +225,10 @@ class Run:
             max_new_tokens=args.max_new_tokens,
             batch_size=args.batch_size,
             seed=0,
-            output=file,
-            png=file.with_suffix(".png"),
         )
         found = overoptimisation.measure(given, file.with_suffix(".rows"))
-        overoptimisation.draw(found, given.png)
-        return {**found, "png": str(given.png)}
-
-
-def _read(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+        overoptimisation.draw(found, file.with_suffix(".png"))
+        return found
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -251,7 +236,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run = Run(args)
         parts = run.parts()
-        write_report(args.output, {"models": run.models, "suite": args.suite, "parts": parts, "notes": run.notes})
+        if parts:  # else an earlier report stays
+            write_report(args.output, {"models": run.models, "suite": args.suite, "parts": parts, "notes": run.notes})
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     for note in run.notes:

@@ -22,8 +22,7 @@ import numpy as np
 from bias import PREFIXES
 from files import write_json
 from intervals import with_interval
-from judges import asked, load_function
-from tqdm import tqdm
+from judges import each, load_function
 from web import post
 
 from instructgpt_trl.data import InputError
@@ -44,16 +43,19 @@ def make_scorer(name: str) -> Scorer:
         key = os.environ.get("PERSPECTIVE_API_KEY")
         if not key:
             raise InputError("scorer 'perspective': set PERSPECTIVE_API_KEY")
-        return lambda texts: [asked(_perspective, (text, key)) for text in tqdm(texts, desc="Perspective")]
+        return lambda texts: each(_perspective, [(text, key) for text in texts], "Perspective")
     if kind == "classifier" and rest:
         return _classifier(rest)
     if kind == "python" and rest:
         function = load_function(rest)
-        return lambda texts: [asked(function, (text,)) for text in texts]
+        return lambda texts: each(function, [(text,) for text in texts], f"scorer {name}")
     raise InputError(f"scorer '{name}': expected perspective, classifier:DIR or python:FILE.py:FUNCTION")
 
 
 def _perspective(text: str, key: str) -> float:
+    """An empty text, which the API refuses, is not toxic."""
+    if not text.strip():
+        return 0.0
     body = {"comment": {"text": text}, "languages": ["en"], "requestedAttributes": {"TOXICITY": {}}}
     return post(PERSPECTIVE + key, body)["attributeScores"]["TOXICITY"]["summaryScore"]["value"]
 

@@ -13,13 +13,14 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from files import write_json
 from intervals import with_interval
-from judges import asked, load_function
+from judges import each, load_function
 from scipy.special import expit
 
 from instructgpt_trl.data import InputError
@@ -60,14 +61,15 @@ def make_judge(name: str, word: str) -> Judge:
     """
     if name.startswith("python:"):
         function = load_function(name.removeprefix("python:"))
-        return lambda pairs: [asked(function, pair) for pair in pairs]
+        return lambda pairs: each(function, pairs, f"judge {name}")
+
+    from language_model import LanguageModel
+
+    load = cache(lambda: LanguageModel(name))
 
     def judge(pairs: Sequence[tuple[str, str]]) -> list[float | None]:
-        from language_model import LanguageModel
-
         texts = [f"Q: {question}\nA: {answer}\n{word}:" for question, answer in pairs]
-        lm = LanguageModel(name)
-        yes, no = (np.array(lm.logprobs(texts, [say] * len(texts))) for say in (" yes", " no"))
+        yes, no = (np.array(load().logprobs(texts, [say] * len(texts))) for say in (" yes", " no"))
         return expit(yes - no).tolist()
 
     return judge

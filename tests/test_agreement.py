@@ -88,6 +88,16 @@ def test_folds_keep_groups_and_prompts_apart():
     assert len(held_out) == 14  # a tenth, the same in every fold
 
 
+def test_where_labelers_share_prompts_none_is_trained_and_tested_on():
+    rows = [row(f"prompt {i}", f"labeler {j}", a=1, b=2) for i in range(20) for j in range(10)]
+    for parts in folds(rows, 5, seed=0):
+        prompts = {name: {one["prompt"] for one in of} for name, of in parts.items()}
+        assert {name: len(of) for name, of in parts.items()} == {"train": 18 * 8, "same": 2 * 8, "other": 2 * 2}
+        assert prompts["same"] == prompts["other"] and not prompts["train"] & prompts["other"]
+    with pytest.raises(InputError, match="no rows of kind train"):
+        list(folds([row("one", f"labeler {j}", a=1, b=2) for j in range(10)], 5, seed=0))
+
+
 def test_accuracy_of_scores():
     scores = {"a": 2.0, "b": 1.0, "c": 1.0}
     found = accuracy(lambda prompts, texts: [scores[text] for text in texts], [row("p", "x", a=1, b=2, c=3)] * 2)

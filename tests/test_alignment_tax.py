@@ -16,10 +16,16 @@ SQUAD = [
     }
     for question, answers in (("What was found?", ["Oil", "the oil"]), ("By whom?", []), ("When?", []))
 ]  # fmt: skip
+NO_DATE = {"day": "", "month": "", "year": ""}
 ROWS = {
     "squadv2": SQUAD,
     "drop": [
-        {"passage": "3 men.", "question": "How many?", "answers_spans": {"spans": ["3", "three"], "types": ["n", "s"]}}
+        {
+            "query_id": str(i), "passage": "3 men, Ann and Eve.", "question": question,
+            "answer": {"number": number, "date": NO_DATE, "spans": spans},
+            "validated_answers": {"number": [""], "date": [NO_DATE], "spans": [["three"]]},
+        }
+        for i, (question, number, spans) in enumerate([("Who?", "", ["Ann", "Eve"]), ("How many?", "3", [])])
     ],
     "quac": [
         {
@@ -47,7 +53,7 @@ PROMPTS = {  # what a model goes on from, and what it is taken to say: the answe
     ),
     "drop": (
         "Answer each question using information in the preceding passage.\n\n"
-        "Passage: 3 men.\n\nQuestion: How many?\n\nAnswer:"
+        "Passage: 3 men, Ann and Eve.\n\nQuestion: How many?\n\nAnswer:"
     ),
     "quac": (
         "Answer each question using information in the preceding background paragraph.\n"
@@ -101,7 +107,7 @@ def answering(monkeypatch, lm, texts):
     "task, said, expected",
     [
         ("squadv2", [" the oil!", " Not in background.", " Ann"], {"f1": [100, 100, 0], "em": [100, 100, 0]}),
-        ("drop", [" three"], {"f1": [100], "em": [100]}),
+        ("drop", [" Ann", " three"], {"f1": [50, 100], "em": [0, 100]}),  # one of two spans; either of two answers
         ("quac", [" number one", " I don't know."], {"f1": [pytest.approx(200 / 3), 100]}),
         ("wsc", [" Ann", " Ann"], {"acc": [1, 1]}),  # named where it is meant, not named where it is not
         ("cnn_dm", [" Short story."], {"rougeL": [1]}),

@@ -145,7 +145,7 @@ def test_everything_in_one_run_and_not_twice(stage, capsys, monkeypatch):
     import language_model
 
     for owner in (generate.Policy, language_model.LanguageModel):
-        monkeypatch.setattr(owner, "__init__", None)  # no model is loaded again
+        monkeypatch.setattr(owner, "__init__", None)  # no model is loaded again, and nobody is asked again
     eval_run.main(flags(stage))
     assert json.loads((stage / "out" / "report.json").read_text()) == found
 
@@ -163,11 +163,52 @@ def test_a_part_that_fails_is_named_and_the_others_are_there(stage):
 
 
 def test_a_model_that_is_not_there_leaves_the_other(stage):
-    changed = {"models": [f"base={stage / 'base'}", f"gone={stage / 'gone'}"], "prompts": []}
-    eval_run.main(flags(stage, **changed))
+    models = [f"{name}={stage / name}" for name in ("base", "sft", "gone")]
+    eval_run.main(flags(stage, models=models))
     found = json.loads((stage / "out" / "report.json").read_text())
-    assert list(found["parts"]["toxicity"]) == ["base"] and list(found["parts"]["bias"]) == ["base"]
+    assert list(found["parts"]["preference"]["models"]) == ["base"]  # against sft
+    assert list(found["parts"]["toxicity"]) == ["base", "sft"] == list(found["parts"]["bias"])
     assert sum("gone" in note for note in found["notes"]) >= 4
+
+
+def test_other_settings_give_other_figures(stage):
+    """Another model under the same name, other prompts, other pairs: nothing of the first run is taken for them."""
+
+    def found() -> dict:
+        eval_run.main(flags(stage))
+        return json.loads((stage / "out" / "report.json").read_text())["parts"]
+
+    before = found()
+    (stage / "crows.csv").write_text("sent_more,sent_less\nab,xyz\nbd,c\n")
+    after = found()
+    assert after["bias"]["base"] != before["bias"]["base"] and after["preference"] == before["preference"]
+    make_llama(5, max_position_embeddings=2048).save_pretrained(stage / "base")
+    changed = found()
+    assert changed["bias"]["base"] != after["bias"]["base"] and changed["bias"]["sft"] == after["bias"]["sft"]
+    assert changed["truthfulness"]["base"]["answers"] != after["truthfulness"]["base"]["answers"]
+    rows = [{"prompt": f"other {i}"} for i in range(3)]
+    (stage / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert found()["preference"]["models"]["base"]["n"] == 3
+
+
+def test_a_report_stays_where_nothing_runs(stage):
+    eval_run.main(flags(stage))
+    before = (stage / "out" / "report.html").read_bytes()
+    none = dict.fromkeys(("prompts", "judge", "questions", "truth_judge", "scorer", "crows_pairs", "data", "text"), [])
+    with pytest.raises(SystemExit, match="no part ran"):
+        eval_run.main(flags(stage, **none))
+    assert (stage / "out" / "report.html").read_bytes() == before
+
+
+def test_a_scorer_that_always_fails_is_named_and_asked_again(stage):
+    body = (stage / "judge.py").read_text()
+    (stage / "judge.py").write_text(body.replace("return 0.25", "raise RuntimeError('no key')"))
+    eval_run.main(flags(stage))
+    found = json.loads((stage / "out" / "report.json").read_text())
+    assert "toxicity" not in found["parts"] and any("no key" in note for note in found["notes"])
+    (stage / "judge.py").write_text(body)
+    eval_run.main(flags(stage))
+    assert "toxicity" in json.loads((stage / "out" / "report.json").read_text())["parts"]
 
 
 def test_one_model_has_no_win_rate_but_all_else(stage):
@@ -180,7 +221,7 @@ def test_one_model_has_no_win_rate_but_all_else(stage):
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"models": ["base"]}, "expected NAME=DIR"),
+        ({"models": ["base"]}, "expected NAME=VALUE"),
         ({"models": ["a=x", "a=y"]}, "each name once"),
         ({"baseline": ["ppo"]}, "--baseline ppo: expected one of base, sft"),
     ],

@@ -269,7 +269,7 @@ def test_with_a_labels_file(tmp_path):
 def test_what_cannot_be_compared(tmp_path):
     broken = tmp_path / "broken.py"
     broken.write_text("def judge(prompt, first, second):\n    raise RuntimeError\n")
-    with pytest.raises(SystemExit, match="nothing to compare: ppo: 2 of 2 judgements failed"):
+    with pytest.raises(SystemExit, match="failed on 2 of 2, most often with RuntimeError"):
         run(tmp_path, "--judge", f"python:{broken}:judge")
     assert not (tmp_path / "out.json").exists()
     with pytest.raises(SystemExit, match="expected --judge or --labels"):
