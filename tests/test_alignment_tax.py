@@ -4,6 +4,7 @@ import json
 
 import alignment_tax
 import pytest
+import sacrebleu
 from alignment_tax import SHOTS, figure_of, measure, plan, run_task, text_loss, with_change
 from conftest import make_llama
 from language_model import LanguageModel
