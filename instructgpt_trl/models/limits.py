@@ -31,10 +31,11 @@ def freed_memory_reused(interval: float = 0.1) -> Iterator[None]:
     back every ten of them.
 
     New memory is slow. A PPO update of a 135M model (LoRA, float32, 16 x 192 tokens) takes 49 to 54 s with glibc's own
-    settings, of which the system needs 9 s of two cores, and 41 to 45 s with kept memory, and the system 0.8. Blocks
-    that are kept get holes: with glibc's own settings, which keep them too but give the top back, an update with
-    gradient checkpointing took 7.2 GB and 67 s, with all given back 1.7 GB and 127 s. So they are kept while there is
-    memory to spare. What the environment sets ([`_OF_THE_USER`]) stays until memory is short.
+    settings, of which the system needs 8 to 9 s of two cores, and 41 to 45 s with kept memory, and the system 1 to 2
+    (one run of each, on a machine whose speed varies as much). Blocks that are kept get holes: with glibc's own
+    settings, which keep them too but give the top back, an update with gradient checkpointing took 7.2 GB and 67 s,
+    with all given back 1.7 GB and 127 s. So they are kept while there is memory to spare. What the environment sets
+    ([`_OF_THE_USER`]) stays until memory is short.
 
     At the end what was kept goes back. The thresholds are then those at which glibc's own adjustment ends, 32 and
     64 MiB, or where memory was short 128 KiB, for the rest of the process. Not to be nested; forked processes keep as
