@@ -28,12 +28,27 @@ import krippendorff
 import numpy as np
 from files import cached, key_of, write_json, write_text
 from intervals import with_interval
+from judges import reward_score
 
 from instructgpt_trl.data import InputError, load_rows
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "reward.py"
 HELD_OUT = 0.1  # share of prompts that no reward model of a fold is trained on
 Row = dict[str, Any]
+
+
+def read_labels(file: str) -> list[Row]:
+    """
+    Rankings, each of a labeler.
+
+    Raises:
+        [`InputError`]: a row is no ranking, or has no `labeler_id`.
+    """
+    rows = list(load_rows(file, "ranking"))
+    lone = next((n for n, row in enumerate(rows, 1) if row.get("labeler_id") is None), None)
+    if lone:
+        raise InputError(f"{file}, row {lone}: no `labeler_id`; every row needs one")
+    return rows
 
 
 def judgements(rows: Sequence[Row]) -> dict[tuple, dict[str, int]]:
@@ -142,8 +157,6 @@ def accuracy(score: Any, rows: Sequence[Row]) -> list[float]:
 
 def train_folds(rows: Sequence[Row], folder: Path, count: int, seed: int, flags: Sequence[str]) -> dict[str, Any]:
     """Accuracy of each fold's reward model on labelers of its training data and on the others, and their means."""
-    from instructgpt_trl import RewardModel
-
     found: dict[str, list] = {"same": [], "other": []}
     for number, parts in enumerate(folds(rows, count, seed)):
         of_fold = folder / str(number)
@@ -154,7 +167,7 @@ def train_folds(rows: Sequence[Row], folder: Path, count: int, seed: int, flags:
             write_text("".join(lines), of_fold / "train.jsonl")
             given = ["--dataset", str(of_fold / "train.jsonl"), "--output_dir", str(of_fold / "reward"), *flags]
             subprocess.run([sys.executable, str(RECIPE), *given], check=True)
-            score = RewardModel.from_pretrained(str(of_fold / "reward")).score
+            score = reward_score(str(of_fold / "reward"))
             return {name: accuracy(score, parts[name]) for name in ("same", "other")}
 
         settings = {"rows": parts, "flags": list(flags)}
@@ -181,10 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("flags", nargs="*", help="behind `--`: for recipes/reward.py")
     args = parser.parse_args(argv)
     try:
-        rows = list(load_rows(args.labels, "ranking"))
-        lone = next((n for n, row in enumerate(rows, 1) if row.get("labeler_id") is None), None)
-        if lone:
-            raise InputError(f"{args.labels}, row {lone}: no `labeler_id`; every row needs one")
+        rows = read_labels(args.labels)
         found: dict[str, Any] = {}
         try:
             found["between labelers"] = agreement(rows)

@@ -12,14 +12,14 @@ named in `notes`, and the others go on; what is finished is not run again.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from files import write_json
+from files import cached, fingerprint, named, write_json
 from intervals import figure_with_interval
 from metrics import Bleu
 from tqdm import tqdm
@@ -119,24 +119,6 @@ def with_change(metric: str, own: Sequence, base: Sequence | None) -> dict[str, 
     return found
 
 
-class Part:
-    """Figures of one model on one task, in a file of their own, so that a later run finds what is finished."""
-
-    def __init__(self, folder: Path, model: str, task: str, shots: int, settings: dict[str, Any]):
-        self.file = folder / f"{model}_{task.replace(' ', '_')}_{shots}.json"
-        self.settings = settings
-
-    def read(self) -> Figures | None:
-        try:
-            found = json.loads(self.file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return found["figures"] if found["settings"] == self.settings else None
-
-    def write(self, figures: Figures) -> None:
-        write_json({"settings": self.settings, "figures": figures}, self.file)
-
-
 def plan(tasks: Sequence[str], few_shot: bool, text: str | None) -> list[tuple[str, int]]:
     """Tasks with numbers of examples: none, and the paper's."""
     found = [(task, shots) for task in tasks for shots in sorted({0, SHOTS[task] if few_shot else 0})]
@@ -168,21 +150,20 @@ def measure(
     found: dict[tuple[str, int, str], Figures] = {}
     notes = []
     for model, path in models.items():
-        lm = None
+        load = cache(partial(LanguageModel, path, batch_size, dtype="auto"))
         for task, shots in tqdm(todo, desc=model):
-            source = [text] if task == TEXT else (data or {}).get(task, ())
-            part = Part(folder, model, task, shots, {"model": path, "limit": limit, "data": list(source)})
-            figures = part.read()
-            if figures is None:
-                try:
-                    lm = lm or LanguageModel(path, batch_size, dtype="auto")
-                    figures = text_loss(lm, text, limit) if task == TEXT else run_task(lm, task, shots, limit, source)
-                except Exception as error:  # the hub, a file, memory: the other tasks can still run
-                    reason = " ".join(str(error).split())[:200]
-                    notes.append(f"{model}, {task}, {shots} examples: {type(error).__name__}: {reason}")
-                    continue
-                part.write(figures)
-            found[task, shots, model] = figures
+            source = [text] if task == TEXT else list((data or {}).get(task, ()))
+
+            def run(load: Any = load, task: str = task, shots: int = shots, source: Sequence = source) -> Figures:
+                return text_loss(load(), text, limit) if task == TEXT else run_task(load(), task, shots, limit, source)
+
+            file = folder / f"{model}_{task.replace(' ', '_')}_{shots}.json"
+            settings = {"model": fingerprint(path), "limit": limit, "data": [fingerprint(one) for one in source]}
+            try:
+                found[task, shots, model] = cached(file, settings, run)
+            except Exception as error:  # the hub, a file, memory: the other tasks can still run
+                reason = " ".join(str(error).split())[:200]
+                notes.append(f"{model}, {task}, {shots} examples: {type(error).__name__}: {reason}")
     base = next(iter(models))
     tasks: dict[str, dict] = {}
     for (task, shots, model), figures in found.items():
@@ -209,6 +190,20 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"note: {note}" for note in found["notes"])])
 
 
+def read_data(given: Sequence[str]) -> dict[str, list[str]]:
+    """
+    Files of tasks, of TASK=FILE[,FILE].
+
+    Raises:
+        [`InputError`]: one is something else, or there is no such task.
+    """
+    found = {name: files.split(",") for name, files in named(given, "--data").items()}
+    unknown = [name for name in found if name not in SHOTS]
+    if unknown:
+        raise InputError(f"--data {unknown[0]}=...: expected one of {', '.join(SHOTS)}")
+    return found
+
+
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", required=True, nargs="+", metavar="NAME=DIR", help="the first is the base")
@@ -224,11 +219,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
-    models = dict(one.partition("=")[::2] for one in args.models)
-    data = {name: files.split(",") for name, _, files in (one.partition("=") for one in args.data)}
-    unknown = [name for name in data if name not in SHOTS]
-    if unknown:
-        sys.exit(f"error: --data {unknown[0]}=...: expected one of {', '.join(SHOTS)}")
+    try:
+        models, data = named(args.models, "--models"), read_data(args.data)
+    except InputError as error:
+        sys.exit(f"error: {error}")
     todo = plan(args.tasks, not args.zero_shot_only, args.text)
     rows = args.output.with_suffix(".rows")
     found = measure(models, todo, rows, args.limit, data, args.text, args.batch_size)

@@ -3,8 +3,9 @@
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from instructgpt_trl.data import InputError
@@ -13,7 +14,7 @@ from instructgpt_trl.data import InputError
 _CONTENT = (".json", ".jsonl", ".safetensors", ".bin", ".csv", ".tsv", ".txt", ".parquet", ".jinja", ".py")
 
 
-def named(given: list[str], flag: str) -> dict[str, str]:
+def named(given: Sequence[str], flag: str) -> dict[str, str]:
     """
     NAME=VALUE arguments.
 
@@ -54,6 +55,32 @@ def cached(file: Path, settings: dict[str, Any], make: Callable[[], Any]) -> Any
     found = make()
     write_json({"settings": settings, "found": found}, file)
     return json.loads(json.dumps(plain(found)))
+
+
+def kept(function: Callable[..., float], file: Path | None, who: str) -> Callable[..., float]:
+    """`function(*item)`, whose answers stand in `file`, a line each, so that a later call does not ask `who` again."""
+    if file is None:
+        return function
+    known: dict[str, float] = {}
+    lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else []
+    for line in lines[:-1]:  # what is behind the last newline was cut off
+        row = json.loads(line)
+        known[key_of([row["who"], *row["item"]])] = row["answer"]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(line + "\n" for line in lines[:-1]), encoding="utf-8")
+    lock = Lock()
+
+    def ask(*item: Any) -> float:
+        key = key_of([who, *item])
+        if key not in known:
+            answer = function(*item)
+            line = json.dumps({"who": who, "item": item, "answer": answer}, ensure_ascii=False)
+            with lock, file.open("a", encoding="utf-8") as out:
+                out.write(line + "\n")
+            known[key] = answer
+        return known[key]
+
+    return ask
 
 
 def plain(value: Any) -> Any:

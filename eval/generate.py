@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -63,7 +64,7 @@ class Policy:
         seed: int = 0,
     ):
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+        device = PartialState().default_device
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map=device).eval()
         self.batch_size, self.max_new_tokens, self.temperature = batch_size, max_new_tokens, temperature
         self.cut_at_newline, self.seed = cut_at_newline, seed

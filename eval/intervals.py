@@ -81,6 +81,7 @@ def figure_with_interval(
         n_resamples=resamples,
         method="percentile",
         vectorized=False,
+        batch=200,
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return [float(figure(everything)), float(found.low), float(found.high)]

@@ -6,15 +6,17 @@ where it failed. `make_judge` reads `reward_model:DIR`, `openai:MODEL@URL` and `
 """
 
 import importlib.util
+import math
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from files import kept
 from tqdm import tqdm
 from web import post
 
@@ -46,15 +48,15 @@ harmless? Neither the order of the answers nor their length counts.
 Reply with one word: A, B, or tie."""
 
 
-def make_judge(name: str) -> Judge:
+def make_judge(name: str, keep: Path | None = None) -> Judge:
     """
-    The judge of that name.
+    The judge of that name; what a service answers is kept in the file `keep`, and not asked again.
 
     Raises:
         [`InputError`]: there is no such kind, or it cannot be loaded.
     """
     kind, _, rest = name.partition(":")
-    makers = {"reward_model": _reward_model, "openai": _openai, "python": _python}
+    makers = {"reward_model": _reward_model, "openai": partial(_openai, keep=keep), "python": _python}
     if kind not in makers or not rest:
         raise InputError(f"judge '{name}': expected reward_model:DIR, openai:MODEL@URL or python:FILE.py:FUNCTION")
     return makers[kind](rest)
@@ -78,10 +80,18 @@ def _preference(first: float, second: float) -> float | None:
     return None if first != first or second != second else (first > second) + 0.5 * (first == second)
 
 
-def _reward_model(path: str) -> Judge:
+def reward_score(path: str) -> Callable[[Sequence[Any], Sequence[str]], list[float]]:
+    """The score of a reward model, on the accelerator where there is one."""
+    from accelerate import PartialState
+
     from instructgpt_trl import RewardModel
 
-    return by_scores(RewardModel.from_pretrained(path).score)
+    return RewardModel.from_pretrained(path, device_map=PartialState().default_device).score
+
+
+def _reward_model(path: str) -> Judge:
+    score = cache(partial(reward_score, path))
+    return by_scores(lambda prompts, texts: score()(prompts, texts))
 
 
 def load_function(name: str) -> Callable[..., Any]:
@@ -108,23 +118,28 @@ def _python(name: str) -> Judge:
 
 
 def each(
-    function: Callable[..., float], items: Sequence[Sequence[Any]], what: str, workers: int = 1
+    function: Callable[..., float],
+    items: Sequence[Sequence[Any]],
+    what: str,
+    workers: int = 1,
+    bounds: tuple[float, float] | None = (0, 1),
 ) -> list[float | None]:
     """
-    What `function(*item)` says of each, a number from 0 to 1, or None where it raises or says something else; why is
-    told on the terminal.
+    What `function(*item)` says of each, a number within `bounds`, or None where it raises or says something else; why
+    is told on the terminal.
 
     Raises:
         [`InputError`]: it failed on all of them.
     """
     failed: Counter[str] = Counter()
+    low, high = bounds or (-math.inf, math.inf)
 
     def ask(item: Sequence[Any]) -> float | None:
         try:
             found = float(function(*item))
-            if 0 <= found <= 1:
+            if low <= found <= high and math.isfinite(found):
                 return found
-            failed[f"{found} is not from 0 to 1"] += 1
+            failed[f"{found} is no number from {low} to {high}"] += 1
         except Exception as error:  # whatever it raises, the others count
             failed[f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"] += 1
         return None
@@ -140,7 +155,7 @@ def each(
     return found
 
 
-def _openai(name: str) -> Judge:
+def _openai(name: str, keep: Path | None = None) -> Judge:
     """Each comparison is asked in both orders, and the mean is the preference; OPENAI_API_KEY is sent if it is set."""
     model, _, url = name.rpartition("@")
     if not model or not url.startswith(("http://", "https://")):
@@ -159,7 +174,7 @@ def _openai(name: str) -> Judge:
     def in_both_orders(prompt: Any, first: str, second: str) -> float:
         return (ask(prompt, first, second) + 1 - ask(prompt, second, first)) / 2
 
-    return partial(each, in_both_orders, what=f"judge {model}", workers=8)
+    return partial(each, kept(in_both_orders, keep, f"judge {name}"), what=f"judge {model}", workers=8)
 
 
 def _verdict(text: str) -> float:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate import PartialState
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,8 +26,8 @@ class LanguageModel(HFLM):
     def __init__(self, path: str, batch_size: int = 8, **kwargs: Any):
         # An adapter's folder has a tokenizer too
         tokenizer = AutoTokenizer.from_pretrained(path)
-        device = "cuda:0" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(path, **{"device_map": device, **kwargs})
+        kwargs = {"device_map": PartialState().default_device, **kwargs}
+        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
         super().__init__(model.eval(), tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
         self.path = path if not Path(path).exists() else str(Path(path).resolve())
         self.per_token = False

@@ -17,16 +17,17 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from files import cached, fingerprint, key_of, write_json
+from generate import Policy
 from intervals import with_interval
-from judges import Comparison, load_function, make_judge
+from judges import Comparison, each, load_function, make_judge, reward_score
 
-from instructgpt_trl import RewardModel
 from instructgpt_trl.data import InputError, load_rows
 
 matplotlib.use("Agg")
@@ -75,10 +76,10 @@ def best_of_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def make_gold(args: argparse.Namespace, opponents: dict[str, str]) -> tuple[str, Measure]:
+def make_gold(args: argparse.Namespace, opponents: dict[str, str], keep: Path) -> tuple[str, Measure]:
     """
     What is held against the score, by name: a function's figure, or the preference to the start's completion of a
-    prompt (`opponents`, by `key_of`), which is none of those that best-of-n chooses from.
+    prompt (`opponents`, by `key_of`), which is none of those that best-of-n chooses from. NaN where it failed.
     """
     if (args.gold is None) == (args.judge is None):
         raise InputError("expected --gold or --judge, one of them")
@@ -86,14 +87,22 @@ def make_gold(args: argparse.Namespace, opponents: dict[str, str]) -> tuple[str,
         if not args.gold.startswith("python:"):
             raise InputError(f"--gold {args.gold}: expected python:FILE.py:FUNCTION")
         function = load_function(args.gold.removeprefix("python:"))
-        return "gold reward", lambda of, texts: [float(function(*pair)) for pair in zip(of, texts, strict=True)]
-    judge = make_judge(args.judge)
+
+        def rewarded(of: Sequence[Any], texts: Sequence[str]) -> list[float]:
+            return _numbers(each(function, list(zip(of, texts, strict=True)), "gold reward", bounds=None))
+
+        return "gold reward", rewarded
+    judge = make_judge(args.judge, keep)
 
     def preferred(of: Sequence[Any], texts: Sequence[str]) -> list[float]:
         compared = [Comparison(one, text, opponents[key_of(one)]) for one, text in zip(of, texts, strict=True)]
-        return [math.nan if value is None else value for value in judge(compared)]
+        return _numbers(judge(compared))
 
     return "win rate against the start", preferred
+
+
+def _numbers(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
 
 
 def figures(values: Sequence[float]) -> list[float]:
@@ -102,45 +111,57 @@ def figures(values: Sequence[float]) -> list[float]:
 
 
 def measure(args: argparse.Namespace, rows: Path) -> dict[str, Any]:
-    """Points of the two curves: `kl`, `score` and `gold`, with intervals over prompts."""
-    from generate import Policy
-
+    """Points of both curves: `kl`, `score` and `gold`, with intervals over prompts. One model is loaded at a time."""
+    opponents: dict[str, str] = {}
+    what, gold = make_gold(args, opponents, rows / "judgements.jsonl")
     prompts = list({key_of(one): one for one in load_rows(args.prompts, "prompt")["prompt"]}.values())[: args.limit]
-    score = RewardModel.from_pretrained(args.reward_model).score
-    most = max(args.best_of)
-    start = Policy(args.start, args.batch_size, args.max_new_tokens, temperature=1.0, seed=args.seed)
+    folders, most = checkpoints(Path(args.run)), max(args.best_of)
     settings = {"prompts": prompts, "tokens": args.max_new_tokens, "seed": args.seed, "batch": args.batch_size}
 
-    def known(path: str, count: int, make: Callable[[], list[list[int]]]) -> list[list[int]]:
-        """Ids that an earlier call sampled from the same policy for the same prompts, or that `make` gives."""
+    def load(path: Path | str) -> Policy:
+        return Policy(str(path), args.batch_size, args.max_new_tokens, temperature=1.0, seed=args.seed)
+
+    def of_start() -> list[str]:
+        start = load(args.start)
+        return [start.text(ids) for ids in start.sample(repeated, "best of n")]
+
+    def of_checkpoint(folder: Path) -> dict[str, list]:
+        policy = load(folder)
+        sampled = policy.sample(prompts, folder.name)
+        texts = [policy.text(ids) for ids in sampled]
+        return {"ids": sampled, "texts": texts, "logprobs": policy.logprobs(prompts, sampled)}
+
+    def known(path: Path | str, count: int, make: Callable[[], Any]) -> Any:
+        """What an earlier call sampled from the same policy for the same prompts, or `make` gives."""
         own = {**settings, "policy": fingerprint(path), "samples": count}
         return cached(rows / f"{Path(path).parent.name}_{Path(path).name}_{count}.json", own, make)
 
     repeated = [prompt for prompt in prompts for _ in range(most + 1)]
-    drawn = known(args.start, most + 1, lambda: start.sample(repeated, "best of n"))
-    texts = [start.text(ids) for ids in drawn]
-    opponents = dict(zip(map(key_of, prompts), texts[:: most + 1], strict=True))
-    what, gold = make_gold(args, opponents)
-    candidates = [i for i in range(len(texts)) if i % (most + 1)]
-    given, texts = [repeated[i] for i in candidates], [texts[i] for i in candidates]
-    scores, golds = (np.array(of(given, texts)).reshape(len(prompts), most) for of in (score, gold))
+    drawn = known(args.start, most + 1, of_start)
+    samples = {folder: known(folder, 1, partial(of_checkpoint, folder)) for folder in folders}
+    start = load(args.start)
+    kl = [np.subtract(of["logprobs"], start.logprobs(prompts, of["ids"])) for of in samples.values()]
+    del start
+    score = reward_score(args.reward_model)
+    candidates = [i for i in range(len(drawn)) if i % (most + 1)]
+    given, texts = [repeated[i] for i in candidates], [drawn[i] for i in candidates]
+    scores = [score(given, texts), *(score(prompts, of["texts"]) for of in samples.values())]
+    del score
+    opponents |= zip(map(key_of, prompts), drawn[:: most + 1], strict=True)
+    golds = [gold(given, texts), *(gold(prompts, of["texts"]) for of in samples.values())]
+    of_start_by_prompt = [np.array(of[0]).reshape(len(prompts), most) for of in (scores, golds)]
     best = []
     for n in args.best_of:
-        of_score, of_gold = best_of(scores, golds, n)
-        best.append({"n": n, "kl": best_of_kl(n), "score": figures(of_score), "gold": figures(of_gold)})
-    points = []
-    for folder in checkpoints(Path(args.run)):
-        policy = Policy(str(folder), args.batch_size, args.max_new_tokens, temperature=1.0, seed=args.seed)
-        sampled = known(str(folder), 1, partial(policy.sample, prompts, folder.name))
-        kl = np.subtract(policy.logprobs(prompts, sampled), start.logprobs(prompts, sampled))
-        texts = [policy.text(ids) for ids in sampled]
-        step = int(folder.name.split("-")[1])
-        points.append({"step": step, "kl": figures(kl), "score": figures(score(prompts, texts))})
-        points[-1]["gold"] = figures(gold(prompts, texts))
+        of_score, of_gold = map(figures, best_of(*of_start_by_prompt, n))
+        best.append({"n": n, "kl": best_of_kl(n), "score": of_score, "gold": of_gold})
+    points = [
+        {"step": int(folder.name.split("-")[1]), "kl": figures(of_kl), "score": figures(own), "gold": figures(of_gold)}
+        for folder, of_kl, own, of_gold in zip(folders, kl, scores[1:], golds[1:], strict=True)
+    ]
     return {"gold": what, "run": points, "best_of_n": best, "prompts": len(prompts)}
 
 
-def draw(found: dict[str, Any], file: Path) -> None:
+def draw(found: dict[str, Any], file: Path | BytesIO) -> None:
     """Score and gold against sqrt(KL), the run and best-of-n, as PNG."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     curves = {"run": ("o-", "#cc5a49", "checkpoints"), "best_of_n": ("s--", "#4477aa", "best-of-n of the start")}
@@ -156,7 +177,6 @@ def draw(found: dict[str, Any], file: Path) -> None:
         axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130)
     plt.close(figure)
 

@@ -8,10 +8,11 @@ Every part is shown the same way: panels of a few rows, and in a row a figure of
 
 import argparse
 import base64
-import io
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from jinja2 import Environment
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  behind the choice of its backend
 
+LEGEND = "In brackets 95 % intervals by bootstrap, drawn as lines, and behind them of how many a figure is."
 COLOURS = ["#8a8f98", "#4477aa", "#cc5a49", "#2f8f6b", "#7a5ea8", "#c08a2d", "#4aa3b8", "#a64d79"]
 STYLE = {
     "font.size": 9,
@@ -35,12 +37,17 @@ STYLE = {
 
 
 class Panel(NamedTuple):
-    """Figures in one unit: by row and model a value and its interval, or the value alone, and a line to see it by."""
+    """
+    Figures by row and column, which are the models if none are named: a value, the value and its interval, or these
+    and of how many it is. They are drawn as dots, with a line to see them by, if there is no other picture.
+    """
 
     part: str
     title: str
     rows: dict[str, dict[str, list[float | None]]]
     line: float | None = None
+    columns: list[str] | None = None
+    draw: Callable[[BytesIO], None] | None = None
 
 
 def panels(parts: dict[str, Any]) -> Iterator[Panel]:
@@ -53,27 +60,65 @@ def panels(parts: dict[str, Any]) -> Iterator[Panel]:
 def _preference(found: dict[str, Any]) -> Iterator[Panel]:
     models = {name: of for name, of in found["models"].items() if of["n"]}
     against = f"win rate against {found['baseline']}"
-    rows: dict[str, dict] = {"all prompts": {name: of["win_rate"] for name, of in models.items()}}
+    rows: dict[str, dict] = {"all prompts": {name: _rate(of) for name, of in models.items()}}
+    rows["interval over labelers"] = {
+        name: [of["win_rate"][0], *of["interval_over_labelers"]]
+        for name, of in models.items()
+        if "interval_over_labelers" in of
+    }
     equal = {name: [of["length_controlled"]] for name, of in models.items() if of["length_controlled"] is not None}
-    if equal:
-        rows["at equal length"] = equal
-    yield Panel("Preference", against, rows, 0.5)
+    rows["at equal length"] = equal
+    rows["ties"] = {name: [of["ties"]] for name, of in models.items()}
+    yield Panel("Preference", against, {row: of for row, of in rows.items() if of}, 0.5)
     for breakdown, title in (("by_category", "by use case"), ("by_group", "by group of labelers")):
         rows = {}
         for name, of in models.items():
             for part, figures in of.get(breakdown, {}).items():
                 if figures["n"]:
-                    rows.setdefault(part, {})[name] = figures["win_rate"]
+                    rows.setdefault(part, {})[name] = _rate(figures)
         if rows:
             yield Panel("Preference", f"{against}, {title}", rows, 0.5)
     asked: dict[str, dict] = {}
     for name, of in found.get("means", {}).items():
-        for question, (value, low, high, _) in of.items():
-            asked.setdefault(question, {})[name] = [value, low, high]
+        for question, figure in of.items():
+            asked.setdefault(question, {})[name] = figure
     if "rating" in asked:
         yield Panel("Preference", "rating (1 to 7)", {"rating": asked.pop("rating")})
     if asked:
         yield Panel("Preference", "share of completions of which labelers said so", asked)
+
+
+def _rate(figures: dict[str, Any]) -> list[float | None]:
+    return [*figures["win_rate"], figures["n"]]
+
+
+def _agreement(found: dict[str, Any]) -> Iterator[Panel]:
+    of, title = found["between labelers"], "between labelers, on pairs of completions that both ranked"
+    rows = {"all pairs": {"agreement": [*of["agreement"], of["judgements"]]}}
+    if of["agreement_untied"]:
+        rows["pairs without a tie"] = {"agreement": of["agreement_untied"]}
+    if of["alpha"] is not None:
+        rows["Krippendorff's alpha"] = {"agreement": [of["alpha"]]}
+    yield Panel("Agreement", title, rows, columns=["agreement"])
+    if folds := found.get("reward model"):
+        kinds = {"labelers of the training data": "same", "labelers held out": "other"}
+        rows = {row: {f"fold {i + 1}": of for i, of in enumerate(folds["folds"][name])} for row, name in kinds.items()}
+        columns = [f"fold {i + 1}" for i in range(len(folds["folds"]["same"]))]
+        yield Panel("Agreement", "of reward models with labelers, untied pairs", rows, 0.5, columns)
+
+
+def _overoptimisation(found: dict[str, Any]) -> Iterator[Panel]:
+    from overoptimisation import draw
+
+    rows = {}
+    for name, points in (("step", found["run"]), ("best of", found["best_of_n"])):
+        for point in points:
+            kl = point["kl"] if name == "step" else [point["kl"]]
+            row = {"KL (nats)": kl, "reward-model score": point["score"], found["gold"]: point["gold"]}
+            rows[f"{name} {point.get('step', point.get('n'))}"] = row
+    columns = ["KL (nats)", "reward-model score", found["gold"]]
+    title = f"checkpoints of a run, and best-of-n of its start, on {found['prompts']} prompts"
+    yield Panel("Overoptimisation", title, rows, None, columns, partial(draw, found))
 
 
 def _tax(found: dict[str, Any]) -> Iterator[Panel]:
@@ -81,7 +126,7 @@ def _tax(found: dict[str, Any]) -> Iterator[Panel]:
     changes: dict[str, dict] = {}
     for task, metrics in found["tasks"].items():
         for metric, models in metrics.items():
-            by_metric.setdefault(metric, {})[task] = {name: of["value"] for name, of in models.items()}
+            by_metric.setdefault(metric, {})[task] = {name: [*of["value"], of["n"]] for name, of in models.items()}
             changed = {name: of["change"] for name, of in models.items() if "change" in of}
             if changed:
                 changes.setdefault(metric, {})[task] = changed
@@ -126,21 +171,32 @@ def _by_row(found: dict[str, Any], of: Callable[[dict], dict], metric: str) -> d
     for model, figures in found.items():
         for row, metrics in of(figures).items():
             if metrics.get(metric) is not None:
-                rows.setdefault(row, {})[model] = metrics[metric]
+                rows.setdefault(row, {})[model] = [*metrics[metric], metrics["n"]]
     return rows
 
 
 PARTS: dict[str, Callable[[dict[str, Any]], Iterator[Panel]]] = {
     "preference": _preference,
+    "agreement": _agreement,
     "truthfulness": _truthfulness,
     "toxicity": _toxicity,
     "bias": _bias,
     "alignment tax": _tax,
+    "overoptimisation": _overoptimisation,
 }
 
 
 def picture(panel: Panel, models: list[str]) -> str:
-    """PNG in base64: a row of dots with intervals for each row of the panel, a colour for each model."""
+    """PNG in base64: the panel's own, or dots with intervals for each row, a colour for each column."""
+    buffer = BytesIO()
+    if panel.draw:
+        panel.draw(buffer)
+    else:
+        _dots(panel, panel.columns or models, buffer)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _dots(panel: Panel, models: list[str], file: BytesIO) -> None:
     shown = [name for name in models if any(name in of for of in panel.rows.values())]
     with plt.rc_context(STYLE):
         height = 0.75 + len(panel.rows) * (0.16 * len(shown) + 0.16)
@@ -153,7 +209,7 @@ def picture(panel: Panel, models: list[str]) -> str:
                 [value for _, (value, *_) in points], [y for y, _ in points], "o", color=colour, ms=5, label=name
             )
             for y, (_, *bounds) in points:
-                if len(bounds) == 2 and None not in bounds:
+                if len(bounds := bounds[:2]) == 2 and None not in bounds:
                     axis.plot(bounds, [y, y], color=colour, linewidth=1.6)
         if panel.line is not None:
             axis.axvline(panel.line, color="#22262b", linewidth=1, linestyle=(0, (4, 3)))
@@ -161,37 +217,31 @@ def picture(panel: Panel, models: list[str]) -> str:
         axis.set_ylim(len(panel.rows) - 0.5, -0.5)
         axis.grid(axis="y", visible=False)
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=140)
+        figure.savefig(file, format="png", dpi=140)
         plt.close(figure)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def shown(figure: list[float | None] | None) -> str:
-    """A figure and its interval to three places, as text."""
+    """A figure and its interval to three places, and of how many it is, as text."""
     if not figure or figure[0] is None:
         return ""
-    value, *bounds = figure
+    value, bounds, count = figure[0], figure[1:3], figure[3:]
     digits = 1 if abs(value) >= 20 else 3
+    text = f"{value:.{digits}f}"
     if len(bounds) == 2 and None not in bounds:
-        return f"{value:.{digits}f} [{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"
-    return f"{value:.{digits}f}"
+        text += f" [{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"
+    return text + "".join(f" ({number})" for number in count)
 
 
 def markdown(found: dict[str, Any], all_panels: list[Panel]) -> str:
-    models = list(found["models"])
     lines = ["# Evaluation", "", *(f"- {name}: `{path}`" for name, path in found["models"].items())]
+    lines += ["", LEGEND]
     for panel in all_panels:
-        lines += [
-            "",
-            f"## {panel.part}: {panel.title}",
-            "",
-            f"| | {' | '.join(models)} |",
-            "|---" * (len(models) + 1) + "|",
-        ]
-        lines += [
-            f"| {row} | {' | '.join(shown(of.get(name)) for name in models)} |" for row, of in panel.rows.items()
-        ]
+        columns = panel.columns or list(found["models"])
+        lines += ["", f"## {panel.part}: {panel.title}", "", f"| | {' | '.join(columns)} |"]
+        lines.append("|---" * (len(columns) + 1) + "|")
+        for row, of in panel.rows.items():
+            lines.append(f"| {row} | {' | '.join(shown(of.get(name)) for name in columns)} |")
     if found["notes"]:
         lines += ["", "## Notes", "", *(f"- {note}" for note in found["notes"])]
     return "\n".join(lines) + "\n"
@@ -206,7 +256,6 @@ def write_report(folder: Path, found: dict[str, Any]) -> None:
     """
     all_panels = list(panels(found["parts"]))
     models = list(found["models"])
-    curves = folder / "overoptimisation.png" if "overoptimisation" in found["parts"] else None
     page = Environment(autoescape=True).from_string(TEMPLATE)
     rendered = page.render(
         found=found,
@@ -214,7 +263,7 @@ def write_report(folder: Path, found: dict[str, Any]) -> None:
         parts=list(dict.fromkeys(panel.part for panel in all_panels)),
         panels=[(panel, picture(panel, models)) for panel in all_panels],
         shown=shown,
-        curves=base64.b64encode(curves.read_bytes()).decode("ascii") if curves else None,
+        legend=LEGEND,
     )
     write_text(rendered, folder / "report.html")
     write_text(markdown(found, all_panels), folder / "report.md")
@@ -232,7 +281,7 @@ main { max-width: 1180px; margin: 0 auto; padding: 32px 24px 64px }
 h1 { font-size: 28px; margin: 0 } h2 { font-size: 20px; margin: 36px 0 8px } h3 { font-size: 15px; margin: 0 0 8px }
 section { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 520px), 1fr)); gap: 14px }
 article { background: #fff; border: 1px solid #e3e6ea; border-radius: 8px; padding: 14px 16px; overflow-x: auto }
-img { width: 100%; max-width: 620px }
+img { width: 100%; max-width: 620px } .wide img { max-width: 900px }
 table { border-collapse: collapse; width: 100%; font-size: 12.5px; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: 4px 10px 4px 0; border-bottom: 1px solid #edeff2; font-weight: normal }
 thead th { color: #555c66 } .wide { grid-column: 1 / -1 } code { overflow-wrap: anywhere }
@@ -240,18 +289,17 @@ thead th { color: #555c66 } .wide { grid-column: 1 / -1 } code { overflow-wrap: 
 <main>
 <h1>Evaluation</h1>
 <p>{% for name, path in found.models.items() %}{{ name }}: <code>{{ path }}</code><br>{% endfor %}
-Dots are figures, lines 95 % intervals by bootstrap.</p>
+{{ legend }}</p>
 {% if found.notes %}<h2>What did not run, or not in full</h2><article><ul>
 {% for note in found.notes %}<li>{{ note }}</li>{% endfor %}</ul></article>{% endif %}
 {% for part in parts %}<h2>{{ part }}</h2><section>
-{% for panel, png in panels if panel.part == part %}<article><h3>{{ panel.title }}</h3>
+{% for panel, png in panels if panel.part == part %}
+<article{% if panel.draw %} class="wide"{% endif %}><h3>{{ panel.title }}</h3>
 <img alt="{{ panel.title }}" src="data:image/png;base64,{{ png }}">
-<table><thead><tr><th></th>{% for name in models %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
+<table><thead><tr><th></th>{% for name in panel.columns or models %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
 {% for row, of in panel.rows.items() %}<tr><th>{{ row }}</th>
-{% for name in models %}<td>{{ shown(of.get(name)) }}</td>{% endfor %}</tr>{% endfor %}
+{% for name in panel.columns or models %}<td>{{ shown(of.get(name)) }}</td>{% endfor %}</tr>{% endfor %}
 </tbody></table></article>{% endfor %}</section>{% endfor %}
-{% if curves %}<h2>Overoptimisation</h2><article><img alt="score and gold against sqrt(KL)" style="max-width: 900px"
-src="data:image/png;base64,{{ curves }}"></article>{% endif %}
 </main>
 </html>
 """

@@ -4,9 +4,10 @@ The paper's questions about one or several policies, in one run: preferred? trut
     python eval/run.py --models base=DIR sft=DIR ppo=DIR --suite quick --output runs/eval --prompts prompts.jsonl \
         --judge reward_model:DIR --text wikitext.txt --winogender sentences.tsv --crows_pairs crows_pairs.csv
 
-Parts run as far as they are given what they need: preference (`--prompts`, and `--judge` or `--labels`), truthfulness
-(`--questions`), toxicity (`--scorer`), bias (its two files), the alignment tax (`--tasks`, `--data`, `--text`) and
-overoptimisation (`--run`, `--reward_model`). `quick` takes a few rows of each and no examples in front of the public
+Parts run as far as they are given what they need: preference (`--prompts`, and `--judge` or `--labels`), agreement
+between labelers (`--labels`) and of reward models with them (`--folds`), truthfulness (`--questions`), toxicity
+(`--scorer`), bias (its two files), the alignment tax (`--tasks`, `--data`, `--text`) and overoptimisation (`--run`,
+`--reward_model`). `quick` takes a few rows of each and no examples in front of the public
 sets, `paper` the paper's numbers. A part that fails is named in the report and the others go on; called again, the run
 does what is not there yet. The report is report.html, report.md and report.json in the output folder.
 """
@@ -14,6 +15,7 @@ does what is not there yet. The report is report.html, report.md and report.json
 import argparse
 import hashlib
 import json
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import agreement
 import alignment_tax
 import bias
 import overoptimisation
@@ -51,6 +54,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", help="rows with `prompt` for the win rates, and `category`")
     parser.add_argument("--judge", help="who compares, see judges.py")
     parser.add_argument("--labels", help="rankings by labelers with `models`, instead of a judge")
+    parser.add_argument("--folds", metavar="FLAGS", help="reward.py's flags, for five of the labels by other labelers")
     parser.add_argument("--questions", help="TruthfulQA: file, or hub id")
     parser.add_argument("--truth_judge", help="folder, hub id or python:FILE.py:FUNCTION")
     parser.add_argument("--info_judge", help="the same, for whether an answer is informative")
@@ -75,9 +79,9 @@ class Run:
     def __init__(self, args: argparse.Namespace):
         self.args, self.rows, self.folder = args, SUITES[args.suite], args.output
         self.models = named(args.models, "--models")
-        self.data = {name: files.split(",") for name, files in named(args.data, "--data").items()}
+        self.data = alignment_tax.read_data(args.data)
         self.tasks = args.tasks if args.tasks is not None else list(self.data)
-        unknown = [task for task in [*self.tasks, *self.data] if task not in alignment_tax.SHOTS]
+        unknown = [task for task in self.tasks if task not in alignment_tax.SHOTS]
         if unknown:
             raise InputError(f"task '{unknown[0]}': expected one of {', '.join(alignment_tax.SHOTS)}")
         self.baseline = args.baseline or ("sft" if "sft" in self.models else next(iter(self.models)))
@@ -97,6 +101,7 @@ class Run:
                 "two models, --prompts, --judge or --labels",
                 self.preference,
             ),
+            "agreement": (args.labels, "--labels", self.agreement),
             "truthfulness": (args.questions, "--questions", self.truthfulness),
             "toxicity": (args.scorer, "--scorer", self.toxicity),
             "bias": (pairs, "--winogender or --crows_pairs", self.bias),
@@ -130,7 +135,13 @@ class Run:
             made = self.attempt(f"{name}, {model}", partial(cached, file, own, partial(make, path)))
             if made is not None:
                 found[model] = made
+                self.note_failed(f"{name}, {model}", made.get("figures", made))
         return found or None
+
+    def note_failed(self, name: str, figures: dict[str, Any]) -> None:
+        for kind, of in figures.items():
+            if isinstance(of, dict) and of.get("failed"):
+                self.notes.append(f"{name}, {kind}: {of['failed']} of {of['failed'] + of['n']} were not judged")
 
     def preference(self) -> dict[str, Any]:
         args = self.args
@@ -148,11 +159,21 @@ class Run:
             baseline=self.baseline,
             judge=None if args.labels else args.judge,
             labels=args.labels,
+            output=self.folder / "preference.json",
         )
-        settings = {"files": [fingerprint(file) for file in files.values()], **vars(given)}
+        settings = {"files": [fingerprint(file) for file in files.values()], **vars(given), "output": None}
         settings["who"] = fingerprint(args.labels or args.judge.split(":")[1])
-        found = cached(self.folder / "preference.json", settings, lambda: win_rate.run(given))
+        found = cached(given.output, settings, lambda: win_rate.run(given))
         self.notes += [f"preference: {note}" for note in found["notes"]]
+        return found
+
+    def agreement(self) -> dict[str, Any]:
+        args = self.args
+        rows = agreement.read_labels(args.labels)
+        found: dict[str, Any] = {"between labelers": agreement.agreement(rows)}
+        if args.folds is not None:
+            flags = shlex.split(args.folds)
+            found["reward model"] = agreement.train_folds(rows, self.folder / "folds", 5, 0, flags)
         return found
 
     def completions(self, model: str, path: str, rows: list[dict[str, Any]]) -> Path:
@@ -182,7 +203,7 @@ class Run:
 
     def toxicity(self) -> dict[str, Any] | None:
         args = self.args
-        score = toxicity.make_scorer(args.scorer)
+        score = toxicity.make_scorer(args.scorer, keep=self.folder / "toxicity" / "scores.jsonl")
         prompts = toxicity.read_prompts(args.toxicity_prompts)[: self.rows["toxicity"]]
 
         def measure(path: str) -> dict[str, Any]:
@@ -212,7 +233,7 @@ class Run:
         return found if found["tasks"] else None
 
     def overoptimisation(self) -> dict[str, Any]:
-        args, file = self.args, self.folder / "overoptimisation.json"
+        args = self.args
         given = argparse.Namespace(
             run=args.run,
             start=self.models[self.baseline],
@@ -226,9 +247,7 @@ class Run:
             batch_size=args.batch_size,
             seed=0,
         )
-        found = overoptimisation.measure(given, file.with_suffix(".rows"))
-        overoptimisation.draw(found, file.with_suffix(".png"))
-        return found
+        return overoptimisation.measure(given, self.folder / "overoptimisation.rows")
 
 
 def main(argv: list[str] | None = None) -> None:

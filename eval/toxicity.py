@@ -15,12 +15,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from bias import PREFIXES
-from files import write_json
+from files import kept, write_json
 from intervals import with_interval
 from judges import each, load_function
 from web import post
@@ -28,12 +29,13 @@ from web import post
 from instructgpt_trl.data import InputError
 
 Scorer = Callable[[Sequence[str]], list[float | None]]
-PERSPECTIVE = "https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze?key="
+PERSPECTIVE = "https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze"
 
 
-def make_scorer(name: str) -> Scorer:
+def make_scorer(name: str, keep: Path | None = None) -> Scorer:
     """
-    Toxicity of texts by a name as above; None where a text could not be scored.
+    Toxicity of texts by a name as above; None where a text could not be scored. What Perspective answers is kept in
+    the file `keep`, and not asked again.
 
     Raises:
         [`InputError`]: there is no such scorer, its key or its label.
@@ -43,7 +45,8 @@ def make_scorer(name: str) -> Scorer:
         key = os.environ.get("PERSPECTIVE_API_KEY")
         if not key:
             raise InputError("scorer 'perspective': set PERSPECTIVE_API_KEY")
-        return lambda texts: each(_perspective, [(text, key) for text in texts], "Perspective")
+        ask = kept(partial(_perspective, key=key), keep, name)
+        return lambda texts: each(ask, [(text,) for text in texts], "Perspective")
     if kind == "classifier" and rest:
         return _classifier(rest)
     if kind == "python" and rest:
@@ -57,7 +60,7 @@ def _perspective(text: str, key: str) -> float:
     if not text.strip():
         return 0.0
     body = {"comment": {"text": text}, "languages": ["en"], "requestedAttributes": {"TOXICITY": {}}}
-    return post(PERSPECTIVE + key, body)["attributeScores"]["TOXICITY"]["summaryScore"]["value"]
+    return post(PERSPECTIVE, body, {"X-Goog-Api-Key": key})["attributeScores"]["TOXICITY"]["summaryScore"]["value"]
 
 
 def _classifier(path: str) -> Scorer:
@@ -135,7 +138,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write")
     args = parser.parse_args(argv)
     try:
-        score, prompts = make_scorer(args.scorer), read_prompts(args.prompts)[: args.limit]
+        score = make_scorer(args.scorer, keep=args.output.with_suffix(".scores.jsonl"))
+        prompts = read_prompts(args.prompts)[: args.limit]
         from generate import Policy
 
         temperature = float(args.samples > 1)

@@ -90,7 +90,12 @@ def compare(models: dict[str, dict], baseline: str, judge: Judge) -> tuple[dict[
                 f"{name}: {left} completions of prompts that {name} and {baseline} do not share are left out"
             )
         rows = [(models[name][key], models[baseline][key]) for key in common]
-        values = judge([Comparison(own["prompt"], own["completion"], of["completion"]) for own, of in rows])
+        try:
+            values = judge([Comparison(own["prompt"], own["completion"], of["completion"]) for own, of in rows])
+        except Exception as error:  # the other models may be judged
+            problems.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            found[name] = []
+            continue
         failed = sum(value is None for value in values)
         if failed:
             problems.append(f"{name}: {failed} of {len(rows)} judgements failed or were no answer, and are left out")
@@ -265,7 +270,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if means := ratings_and_metadata(rows):
             more["means"] = means
     else:
-        preferences, problems = compare(models, args.baseline, make_judge(args.judge))
+        judge = make_judge(args.judge, keep=args.output.with_suffix(".judgements.jsonl"))
+        preferences, problems = compare(models, args.baseline, judge)
     found = {name: summary(of) for name, of in preferences.items()}
     print(table(found, args.baseline))
     for problem in problems:

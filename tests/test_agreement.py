@@ -117,24 +117,17 @@ def test_from_the_command_line(tmp_path, capsys):
 
 def test_five_reward_models_by_the_recipe_and_not_twice(tmp_path, monkeypatch):
     """The recipe is called with each fold's rows; a finished fold is read again."""
-    import instructgpt_trl
-
     calls = []
 
     def train(command, check):
         data, out = (command[command.index(flag) + 1] for flag in ("--dataset", "--output_dir"))
         calls.append((command[-1], Path(data).read_text().count("\n"), out))
 
-    class Model:
-        @classmethod
-        def from_pretrained(cls, path):
-            return cls()
-
-        def score(self, prompts, texts):
-            return [float(text == "a") for text in texts]
+    def score(prompts, texts):
+        return [float(text == "a") for text in texts]
 
     monkeypatch.setattr(agreement.subprocess, "run", train)
-    monkeypatch.setattr(instructgpt_trl, "RewardModel", Model)
+    monkeypatch.setattr(agreement, "reward_score", lambda path: score)
     rows = [row(f"prompt {i}", f"labeler {i % 5}", a=1 + (i % 5 == 0), b=2 - (i % 5 == 0)) for i in range(100)]
     for _ in range(2):
         found = agreement.train_folds(rows, tmp_path, 5, 0, ["--flag"])

@@ -27,26 +27,40 @@ FOUND = {
         "baseline": "sft",
         "models": {
             "ppo": {
-                "win_rate": [0.75, 0.6, 0.9], "length_controlled": 0.6, "n": 20,
+                "win_rate": [0.75, 0.6, 0.9], "length_controlled": 0.6, "n": 20, "ties": 0.1,
+                "interval_over_labelers": [0.5, 1.0],
                 "by_category": {"chat": {"n": 0}, "qa": {"win_rate": [0.8, None, None], "n": 1}},
             },
             "none": {"n": 0},
         },
         "means": {"ppo": {"rating": [5.0, 4.0, 6.0, 9], "hedges <b>": [0.1, 0.0, 0.2, 9]}},
     },
-    "bias": {"sft": {"crows_pairs": {"basic": {"entropy": [0.4, 0.3, 0.5], "stereotype_score": [60.0, 55.0, 65.0]}}}},
-    "truthfulness": {"ppo": {"figures": {"QA prompt": {"true": [0.5, 0.4, 0.6]}}}, "sft": {"answers": {}}},
-    "toxicity": {"ppo": {"basic": {"toxicity": [0.2, 0.1, 0.3], "toxic_share": [0.1, 0.0, 0.2]}}},
+    "agreement": {
+        "between labelers": {
+            "agreement": [0.7, 0.6, 0.8], "agreement_untied": [0.8, 0.7, 0.9], "alpha": 0.5, "judgements": 40,
+        },
+        "reward model": {"folds": {"same": [[0.7, 0.6, 0.8]] * 5, "other": [[0.6, 0.5, 0.7]] * 5}},
+    },
+    "bias": {"sft": {"crows_pairs": {
+        "basic": {"entropy": [0.4, 0.3, 0.5], "stereotype_score": [60.0, 55.0, 65.0], "n": 9},
+    }}},
+    "truthfulness": {"ppo": {"figures": {"QA prompt": {"true": [0.5, 0.4, 0.6], "n": 9}}}, "sft": {"answers": {}}},
+    "toxicity": {"ppo": {"basic": {"toxicity": [0.2, 0.1, 0.3], "toxic_share": [0.1, 0.0, 0.2], "n": 9}}},
     "alignment tax": {
         "base": "sft",
         "tasks": {
             "sst, 0-shot": {
                 "acc": {
-                    "sft": {"value": [0.9, 0.8, 1.0]},
-                    "ppo": {"value": [0.7, 0.6, 0.8], "change": [-0.2, -0.3, -0.1]},
+                    "sft": {"value": [0.9, 0.8, 1.0], "n": 50},
+                    "ppo": {"value": [0.7, 0.6, 0.8], "change": [-0.2, -0.3, -0.1], "n": 50},
                 }
             }
         },
+    },
+    "overoptimisation": {
+        "gold": "gold reward", "prompts": 8,
+        "run": [{"step": 20, "kl": [1.5, 1.0, 2.0], "score": [2.0, 1.0, 3.0], "gold": [0.5, 0.4, 0.6]}],
+        "best_of_n": [{"n": 2, "kl": 0.19, "score": [1.0, 0.5, 1.5], "gold": [0.2, 0.1, 0.3]}],
     },
 }  # fmt: skip
 
@@ -55,18 +69,26 @@ def test_panels_of_every_part():
     found = {(panel.part, panel.title): panel for panel in panels(FOUND)}
     against = "win rate against sft"
     assert found["Preference", against].rows == {
-        "all prompts": {"ppo": [0.75, 0.6, 0.9]},
+        "all prompts": {"ppo": [0.75, 0.6, 0.9, 20]},
+        "interval over labelers": {"ppo": [0.75, 0.5, 1.0]},
         "at equal length": {"ppo": [0.6]},
+        "ties": {"ppo": [0.1]},
     }
-    assert found["Preference", f"{against}, by use case"].rows == {"qa": {"ppo": [0.8, None, None]}}
-    assert found["Preference", "rating (1 to 7)"].rows == {"rating": {"ppo": [5.0, 4.0, 6.0]}}
+    assert found["Preference", f"{against}, by use case"].rows == {"qa": {"ppo": [0.8, None, None, 1]}}
+    assert found["Preference", "rating (1 to 7)"].rows == {"rating": {"ppo": [5.0, 4.0, 6.0, 9]}}
     assert found["Alignment tax", "accuracy, change against sft"].rows == {"sst, 0-shot": {"ppo": [-0.2, -0.3, -0.1]}}
-    assert found["Alignment tax", "accuracy"].rows["sst, 0-shot"]["sft"] == [0.9, 0.8, 1.0]
-    assert found["Truthfulness", "TruthfulQA: share true"].rows == {"QA prompt": {"ppo": [0.5, 0.4, 0.6]}}
-    assert {part for part, _ in found} == {"Preference", "Bias", "Truthfulness", "Toxicity", "Alignment tax"}
+    assert found["Alignment tax", "accuracy"].rows["sst, 0-shot"]["sft"] == [0.9, 0.8, 1.0, 50]
+    assert found["Truthfulness", "TruthfulQA: share true"].rows == {"QA prompt": {"ppo": [0.5, 0.4, 0.6, 9]}}
+    labelers = found["Agreement", "between labelers, on pairs of completions that both ranked"]
+    assert labelers.rows["all pairs"] == {"agreement": [0.7, 0.6, 0.8, 40]}
+    curves = found["Overoptimisation", "checkpoints of a run, and best-of-n of its start, on 8 prompts"]
+    assert list(curves.rows) == ["step 20", "best of 2"] and curves.rows["step 20"]["gold reward"] == [0.5, 0.4, 0.6]
+    parts = {"Preference", "Agreement", "Bias", "Truthfulness", "Toxicity", "Alignment tax", "Overoptimisation"}
+    assert {part for part, _ in found} == parts
 
 
 def test_figures_as_text():
+    assert shown([0.5, 0.4, 0.6, 9]) == "0.500 [0.400, 0.600] (9)"
     assert shown([0.12345, 0.1, 0.2]) == "0.123 [0.100, 0.200]" and shown([61.23, 55.0, 65.0]) == "61.2 [55.0, 65.0]"
     assert shown([0.5]) == "0.500" == shown([0.5, None, None]) and shown(None) == "" == shown([None, None, None])
 
@@ -82,7 +104,11 @@ def test_the_page_is_one_file_and_escapes(tmp_path):
     assert all(base64.b64decode(one)[:4] == b"\x89PNG" for one in pictures)
     assert json.loads((tmp_path / "report.json").read_text()) == found
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "| sst, 0-shot | 0.900 [0.800, 1.000] | 0.700 [0.600, 0.800] |" in text and "- bad <script>" in text
+    assert "| sst, 0-shot | 0.900 [0.800, 1.000] (50) | 0.700 [0.600, 0.800] (50) |" in text
+    assert (
+        "| step 20 | 1.500 [1.000, 2.000] | 2.000 [1.000, 3.000] | 0.500 [0.400, 0.600] |" in text
+        and "- bad <script>" in text
+    )
 
 
 def test_one_model_and_many_rows_can_be_drawn():
@@ -139,7 +165,7 @@ def test_everything_in_one_run_and_not_twice(stage, capsys, monkeypatch):
     )
     assert found["parts"]["toxicity"]["sft"]["biased"]["toxicity"] == [0.25] * 3
     assert set(found["parts"]["alignment tax"]["tasks"]) == {"sst, 0-shot", "pretraining text"}
-    assert [note.split(":")[0] for note in found["notes"]] == ["overoptimisation"]
+    assert [note.split(":")[0] for note in found["notes"]] == ["agreement", "overoptimisation"]
     assert "report: " in capsys.readouterr().out
     import generate
     import language_model
@@ -198,6 +224,18 @@ def test_a_report_stays_where_nothing_runs(stage):
     with pytest.raises(SystemExit, match="no part ran"):
         eval_run.main(flags(stage, **none))
     assert (stage / "out" / "report.html").read_bytes() == before
+
+
+def test_what_a_scorer_could_not_say_is_noted(stage):
+    """It fails on the first text, of six of the first model with the first prefix."""
+    body = (stage / "judge.py").read_text()
+    failing = "asked = []\ndef toxic(text):\n    asked.append(text)\n    return 0.25 if len(asked) > 1 else 7\n"
+    (stage / "judge.py").write_text(body.replace("def toxic(text):\n    return 0.25\n", failing))
+    eval_run.main(flags(stage))
+    found = json.loads((stage / "out" / "report.json").read_text())
+    failed = [note for note in found["notes"] if note.startswith("toxicity")]
+    assert failed == ["toxicity, base, basic: 1 of 6 were not judged"]
+    assert found["parts"]["toxicity"]["base"]["basic"]["n"] == 5
 
 
 def test_a_scorer_that_always_fails_is_named_and_asked_again(stage):

@@ -53,15 +53,9 @@ def stage(tmp_path, tokenizer):
     return tmp_path
 
 
-class Scorer:
+def length(path):
     """A reward model that likes long completions."""
-
-    @classmethod
-    def from_pretrained(cls, path):
-        return cls()
-
-    def score(self, prompts, completions):
-        return [float(len(text)) for text in completions]
+    return lambda prompts, completions: [float(len(text)) for text in completions]
 
 
 def run(stage, *more) -> dict:
@@ -72,7 +66,7 @@ def run(stage, *more) -> dict:
 
 
 def test_points_of_a_run_and_of_best_of_n(stage, monkeypatch):
-    monkeypatch.setattr(overoptimisation, "RewardModel", Scorer)
+    monkeypatch.setattr(overoptimisation, "reward_score", length)
     found = run(stage, "--gold", f"python:{stage / 'gold.py'}:gold")
     assert found["prompts"] == 3 and [point["step"] for point in found["run"]] == [2, 10]
     same, other = found["run"]
@@ -104,7 +98,7 @@ def test_the_kl_is_that_of_what_was_sampled(stage, monkeypatch):
 
 def test_completions_are_kept(stage, monkeypatch):
     """For another judge too; not for another run, start or seed."""
-    monkeypatch.setattr(overoptimisation, "RewardModel", Scorer)
+    monkeypatch.setattr(overoptimisation, "reward_score", length)
     gold = ("--gold", f"python:{stage / 'gold.py'}:gold")
     found = run(stage, *gold)
     import generate
@@ -137,9 +131,9 @@ def test_the_opponent_is_none_of_the_candidates(stage, monkeypatch):
             return [self.known.setdefault(text, rng.random()) for text in completions]
 
     scorer, count = Random(), 300
-    monkeypatch.setattr(overoptimisation, "RewardModel", type("RM", (), {"from_pretrained": lambda path: scorer}))
+    monkeypatch.setattr(overoptimisation, "reward_score", lambda path: scorer.score)
     judge = by_scores(scorer.score)
-    monkeypatch.setattr(overoptimisation, "make_judge", lambda name: judge)
+    monkeypatch.setattr(overoptimisation, "make_judge", lambda name, keep: judge)
     (stage / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"p{i}"}) + "\n" for i in range(count)))
     found = run(stage, "--judge", "x", "--limit", str(count), "--max_new_tokens", "12")
     rates = [point["gold"][0] for point in found["best_of_n"]]
@@ -147,14 +141,26 @@ def test_the_opponent_is_none_of_the_candidates(stage, monkeypatch):
 
 
 def test_against_a_judge(stage, monkeypatch):
-    monkeypatch.setattr(overoptimisation, "RewardModel", Scorer)
+    monkeypatch.setattr(overoptimisation, "reward_score", length)
     found = run(stage, "--judge", f"python:{stage / 'judge.py'}:judge")
     assert found["gold"] == "win rate against the start"
     assert all(0 <= point["gold"][0] <= 1 for point in found["run"])
 
 
+def test_a_gold_that_fails_on_some_leaves_the_others(stage, monkeypatch):
+    monkeypatch.setattr(overoptimisation, "reward_score", length)
+    (stage / "gold.py").write_text(
+        "def gold(prompt, completion):\n    assert prompt != 'cd'\n    return 5.0\n"
+        "def never(prompt, completion):\n    raise RuntimeError('no key')\n"
+    )
+    found = run(stage, "--gold", f"python:{stage / 'gold.py'}:gold")
+    assert all(point["gold"] == [5.0] * 3 for point in found["run"] + found["best_of_n"])
+    with pytest.raises(SystemExit, match="failed on 12 of 12.*no key"):
+        run(stage, "--gold", f"python:{stage / 'gold.py'}:never")
+
+
 def test_what_is_missing_is_named(stage, monkeypatch):
-    monkeypatch.setattr(overoptimisation, "RewardModel", Scorer)
+    monkeypatch.setattr(overoptimisation, "reward_score", length)
     with pytest.raises(SystemExit, match="expected --gold or --judge"):
         run(stage)
     with pytest.raises(SystemExit, match=r"expected python:FILE.py:FUNCTION"):
@@ -168,5 +174,5 @@ def test_a_picture_with_kl_below_zero_and_without_intervals(tmp_path):
     nothing = [1.0, None, None]
     point = {"kl": [-0.1, None, None], "score": nothing, "gold": nothing}
     found = {"gold": "gold", "run": [{**point, "step": 1}], "best_of_n": [{**point, "n": 1, "kl": 0.0}]}
-    draw(found, tmp_path / "a" / "x.png")
-    assert (tmp_path / "a" / "x.png").stat().st_size > 5000
+    draw(found, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 5000

@@ -1,6 +1,8 @@
 """TruthfulQA and RealToxicityPrompts: prompts, judges, figures by hand."""
 
 import json
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import toxicity
 import truthful
 import web
 from conftest import make_llama
+from files import kept
 from truthful import PROMPTS, prompt_of
 
 from instructgpt_trl.data import InputError
@@ -119,11 +122,12 @@ def test_prefixes_stand_in_front_of_prompts():
     assert [of["toxicity"][0] for of in found.values()] == pytest.approx([0.1, 0.2, 0.3])
 
 
-def test_perspective(monkeypatch):
+def test_perspective(monkeypatch, tmp_path):
+    """The key is in no address, which errors would show; what was answered is not asked again."""
     asked = []
 
-    def post(url, body):
-        asked.append((url, body))
+    def post(url, body, headers):
+        asked.append((url, body, headers))
         if body["comment"]["text"] == "bad":
             raise OSError
         return {"attributeScores": {"TOXICITY": {"summaryScore": {"value": 0.25}}}}
@@ -133,8 +137,11 @@ def test_perspective(monkeypatch):
     with pytest.raises(InputError, match="set PERSPECTIVE_API_KEY"):
         toxicity.make_scorer("perspective")
     monkeypatch.setenv("PERSPECTIVE_API_KEY", "k")
-    assert toxicity.make_scorer("perspective")(["a", "bad"]) == [0.25, None]
-    assert asked[0][0].endswith("?key=k") and asked[0][1]["requestedAttributes"] == {"TOXICITY": {}}
+    for times in (2, 3):
+        assert toxicity.make_scorer("perspective", tmp_path / "scores.jsonl")(["a", "bad"]) == [0.25, None]
+        assert len(asked) == times
+    assert "k" not in asked[0][0].split("?")[1:] and asked[0][2] == {"X-Goog-Api-Key": "k"}
+    assert asked[0][1]["requestedAttributes"] == {"TOXICITY": {}}
 
 
 def test_a_local_classifier(tmp_path, tokenizer):
@@ -179,26 +186,59 @@ def test_toxicity_from_the_command_line(folder, tmp_path):
 
 
 def test_a_busy_service_is_asked_again(monkeypatch):
-    import io
-    import urllib.error
+    answers: list[int] = []
 
-    answers = [429, 503, OSError("down"), {"ok": 1}]
-    monkeypatch.setattr(web, "WAITS", (0.0, 0.0, 0.0))
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            said = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(answers.pop(0))
+            self.end_headers()
+            self.wfile.write(json.dumps({"said": said, "key": self.headers["X-Key"]}).encode())
 
-    def urlopen(request, timeout):
-        answer = answers.pop(0)
-        if isinstance(answer, int):
-            raise urllib.error.HTTPError(request.full_url, answer, "busy", {}, io.BytesIO())
-        if isinstance(answer, OSError):
-            raise answer
-        return io.BytesIO(json.dumps(answer).encode())
+        def log_message(self, *args):
+            pass
 
-    monkeypatch.setattr(web.urllib.request, "urlopen", urlopen)
-    assert web.post("http://127.0.0.1:1/x", {}) == {"ok": 1} and answers == []
-    answers[:] = [400, {"ok": 1}]  # what the service will never take
-    with pytest.raises(urllib.error.HTTPError):
-        web.post("http://127.0.0.1:1/x", {})
-    answers[:] = [429] * 9
+    monkeypatch.setattr(web.AGAIN, "backoff_factor", 0)
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/x"
+    try:
+        answers[:] = [429, 503, 500, 200]
+        assert (
+            web.post(url, {"a": "\u00e9"}, {"X-Key": "k"}) == {"said": {"a": "\u00e9"}, "key": "k"} and answers == []
+        )
+        answers[:] = [400, 200]  # what the service will never take
+        with pytest.raises(OSError, match="400"):
+            web.post(url, {})
+        answers[:] = [429] * 9
+        with pytest.raises(OSError, match="429"):
+            web.post(url, {})
+        assert len(answers) == 4  # asked five times
+    finally:
+        server.shutdown()
+        server.server_close()
     with pytest.raises(OSError):
-        web.post("http://127.0.0.1:1/x", {})
-    assert len(answers) == 5
+        web.post(url, {})
+
+
+def test_answers_are_kept(tmp_path):
+    """Whatever the item, each is asked once, also after a stop in the middle of a line; errors are asked again."""
+    asked = []
+
+    def answer(prompt, text):
+        asked.append((prompt, text))
+        if text == "bad":
+            raise RuntimeError
+        return float(len(text))
+
+    turn, file = [{"role": "user", "content": "p"}], tmp_path / "new" / "answers.jsonl"
+    for _ in range(2):
+        ask = kept(answer, file, "a judge")
+        assert ask(turn, "\u2028x") == ask(turn, "\u2028x") == 2 and ask("p", "y") == 1
+        with pytest.raises(RuntimeError):
+            ask("p", "bad")
+    assert asked == [(turn, "\u2028x"), ("p", "y"), ("p", "bad"), ("p", "bad")]
+    file.write_bytes(file.read_bytes()[:-5])
+    assert kept(answer, file, "a judge")("p", "y") == 1 and len(asked) == 5
+    assert kept(answer, file, "another")("p", "y") == 1 and len(asked) == 6
+    assert [json.loads(line)["item"][1] for line in file.read_text().split("\n")[:-1]] == ["\u2028x", "y", "y"]

@@ -90,7 +90,7 @@ def endpoint():
 
 def test_an_endpoint_is_asked_in_both_orders(endpoint, monkeypatch):
     handler, url = endpoint
-    monkeypatch.setattr(web, "WAITS", (0.0,))
+    monkeypatch.setattr(web.AGAIN, "backoff_factor", 0)
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     handler.asked.clear()
     handler.said.update(

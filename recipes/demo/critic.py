@@ -5,14 +5,15 @@ What does the value model buy? PPO and PPO-ptx as the demo made them, beside TRL
 
 All start from the demo's SFT model, follow its reward model and have its budget: as many sampled completions,
 optimizer steps and sequences a step. RLOO samples four completions a prompt, DPO two of the SFT model, of which the
-reward model prefers one. RLOO and DPO run with each of `RATES`; taken is the one whose samples for prompts of valid
-users have the best score less beta times KL. PPO's rates were not chosen so: the others are rather flattered.
+reward model prefers one. RLOO and DPO run with each of `SETTINGS`; taken is the one whose samples for prompts of valid
+users have the best score less PPO's beta times KL. PPO's rates were not chosen so: the others are rather flattered.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ import matplotlib
 import numpy as np
 from base import packed_batches
 from datasets import Dataset
-from evaluation import Samples, mean_kl, pretraining_loss, sample
+from evaluation import Samples, mean_kl, mean_with_interval, pretraining_loss, sample
 from gold import gold_reward
-from run import BETA, MAX_COMPLETION, PTX_LENGTH, ROLLOUT, STEP, Settings, quieten
+from run import BETA, MAX_COMPLETION, PTX_LENGTH, ROLLOUT, STEP, quieten
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, RLOOConfig, RLOOTrainer
 from world import World, make_world
@@ -32,7 +33,11 @@ from instructgpt_trl import RewardModel
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  behind the choice of its backend
 
-RATES = {"rloo": (1e-4, 3e-4), "dpo": (3e-5, 1e-4)}
+# Learning rate and beta: RLOO's weighs the KL penalty as PPO's does, DPO's is the same in its optimum, or TRL's 0.1
+SETTINGS = {
+    "rloo": [(1e-4, BETA), (3e-4, BETA)],
+    "dpo": [(3e-5, BETA), (1e-4, BETA), (3e-5, 0.1), (1e-4, 0.1)],
+}
 TITLES = {"sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx", "rloo": "RLOO", "dpo": "DPO"}
 COLOURS = {"sft": "#4477aa", "ppo": "#cc5a49", "ppo_ptx": "#2f8f6b", "rloo": "#7a5ea8", "dpo": "#c08a2d"}
 
@@ -55,12 +60,13 @@ class Comparison:
     def load(self, name: str) -> Any:
         return AutoModelForCausalLM.from_pretrained(self.folder / name).eval()
 
-    def common(self, name: str, rate: float) -> dict[str, Any]:
+    def common(self, name: str, rate: float, beta: float) -> dict[str, Any]:
         """What the demo's PPO has too."""
         return {
             "output_dir": str(self.folder / "critic" / name),
             "seed": self.seed,
             "learning_rate": rate,
+            "beta": beta,
             "max_steps": self.steps,
             "report_to": "none",
             "save_strategy": "no",
@@ -70,15 +76,14 @@ class Comparison:
             "dataloader_pin_memory": False,
         }
 
-    def rloo(self, rate: float) -> Any:
+    def rloo(self, rate: float, beta: float) -> Any:
         args = RLOOConfig(
-            **self.common("rloo", rate),
+            **self.common("rloo", rate, beta),
             per_device_train_batch_size=STEP,
             gradient_accumulation_steps=1,
             steps_per_generation=ROLLOUT // STEP,
             num_generations=4,
             max_completion_length=MAX_COMPLETION,
-            beta=BETA,
         )
 
         def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
@@ -89,13 +94,14 @@ class Comparison:
         trainer.train()
         return trainer.model
 
-    def dpo(self, rate: float) -> Any:
-        common = self.common("dpo", rate)
+    def dpo(self, rate: float, beta: float) -> Any:
+        common = self.common("dpo", rate, beta)
         args = DPOConfig(**common, per_device_train_batch_size=STEP // 2, gradient_accumulation_steps=1)
-        trainer = DPOTrainer(str(self.folder / "sft"), args=args, train_dataset=self.pairs())
+        trainer = DPOTrainer(str(self.folder / "sft"), args=args, train_dataset=self.pairs)
         trainer.train()
         return trainer.model
 
+    @cached_property
     def pairs(self) -> Dataset:
         """Two samples of the SFT model for each of so many prompts that as many are sampled as in PPO."""
         count = self.steps * STEP // 2
@@ -106,20 +112,25 @@ class Comparison:
         worse, better = ([texts[which][i] for i, which in enumerate(of)] for of in order)
         return Dataset.from_dict({"prompt": prompts, "chosen": better, "rejected": worse})
 
-    def best(self, name: str) -> tuple[Any, float]:
-        """The model of the best rate, by prompts of the valid split, and that rate."""
+    def best(self, name: str) -> tuple[Any, dict[str, float]]:
+        """The model of the best setting, by prompts of the valid split, and that setting."""
         prompts = [row["prompt"] for row in self.world.splits["valid"]]
         found = []
-        for rate in RATES[name]:
-            print(f"{TITLES[name]}, learning rate {rate}")
-            model = getattr(self, name)(rate).eval()
+        for rate, beta in SETTINGS[name]:
+            begin = time.perf_counter()
+            model = getattr(self, name)(rate, beta).eval()
             samples = sample(model, self.tokenizer, prompts, MAX_COMPLETION, seed=5)
-            found.append((self.scores(samples).mean() - BETA * mean_kl(model, self.sft, samples), rate, model))
-        _, rate, model = max(found, key=lambda one: one[0])
-        return model, rate
+            objective = float(self.scores(samples).mean() - BETA * mean_kl(model, self.sft, samples))
+            found.append((objective, {"learning_rate": rate, "beta": beta}, model))
+            print(
+                f"{TITLES[name]}, learning rate {rate}, beta {beta}: {objective:.2f} on valid prompts "
+                f"({time.perf_counter() - begin:.0f} s)"
+            )
+        _, setting, model = max(found, key=lambda one: one[0])
+        return model, setting
 
     def scores(self, samples: Samples) -> np.ndarray:
-        return np.array(self.rm.score_ids(samples.prompt_ids, samples.completion_ids, batch_size=16))
+        return self.rm.score_ids(samples.prompt_ids, samples.completion_ids, batch_size=16).numpy()
 
     def gold(self, samples: Samples) -> np.ndarray:
         pairs = zip(samples.prompts, samples.texts, strict=True)
@@ -132,19 +143,12 @@ class Comparison:
         own, other = self.gold(samples), self.gold(opponents)
         wins = (own > other) + 0.5 * (own == other)
         return {
-            "win_rate_vs_sft": with_interval(wins, self.seed),
-            "gold_reward": with_interval(own, self.seed),
+            "win_rate_vs_sft": mean_with_interval(wins, self.seed),
+            "gold_reward": mean_with_interval(own, self.seed),
             "rm_score": float(self.scores(samples).mean()),
             "kl": mean_kl(model, self.sft, samples),
             "pretraining_loss": pretraining_loss(model, self.held_out),
         }
-
-
-def with_interval(values: Sequence[float], seed: int) -> list[float]:
-    """Mean over prompts and its 95 % bootstrap interval."""
-    values = np.asarray(values, dtype=float)
-    drawn = values[np.random.default_rng(seed).integers(len(values), size=(2000, len(values)))].mean(1)
-    return [float(values.mean()), *(float(np.quantile(drawn, q)) for q in (0.025, 0.975))]
 
 
 def draw(found: dict[str, Any], file: Path) -> None:
@@ -165,20 +169,20 @@ def draw(found: dict[str, Any], file: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="what the demo wrote")
-    parser.add_argument("--steps", type=int, default=Settings.ppo_steps, help="optimizer steps, as in the demo")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     quieten()
     report = args.demo / "report.json"
     if not report.is_file():
         sys.exit(f"error: {report} is not there; run `make demo` first, or give its folder as --demo")
-    world = Comparison(args.demo, json.loads(report.read_text(encoding="utf-8"))["seed"], args.steps)
+    demo = json.loads(report.read_text(encoding="utf-8"))
+    world = Comparison(args.demo, demo["seed"], demo["ppo_steps"])
     found = {name: world.measure(world.load(name)) for name in ("sft", "ppo", "ppo_ptx")}
-    for name in RATES:
-        model, rate = world.best(name)
-        found[name] = {**world.measure(model), "learning_rate": rate}
+    for name in SETTINGS:
+        model, setting = world.best(name)
+        found[name] = {**world.measure(model), **setting}
     (args.demo / "critic.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     draw(found, args.demo / "critic.png")
     print(f"\n{'policy':<10}{'beats SFT':>24}{'gold reward':>26}{'RM score':>10}{'KL':>7}{'pretraining loss':>18}")

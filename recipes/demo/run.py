@@ -91,6 +91,7 @@ class Run:
         self.seed, self.dir, self.settings = seed, output_dir, settings
         self.results: dict[str, Any] = {
             "seed": seed,
+            "ppo_steps": settings.ppo_steps,
             "seconds": {},
             "labelers": {},
             "reward_model": {},
