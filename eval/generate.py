@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,8 @@ class Policy:
         encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         longest = max(map(len, encoded))
         ends = {end for prompt in prompts for end in self._ends(prompt)}
+        if self.cut_at_newline:
+            ends |= self._newlines
         pad = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
         greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
@@ -99,7 +102,6 @@ class Policy:
                 max_new_tokens=self.max_new_tokens,
                 pad_token_id=pad,
                 eos_token_id=sorted(ends),
-                **({"stop_strings": ["\n"], "tokenizer": self.tokenizer} if self.cut_at_newline else {}),
                 **(sampling if self.temperature > 0 else greedy),
             )
         return [_until(ids, ends) for ids in out[:, longest:].tolist()]
@@ -123,6 +125,13 @@ class Policy:
         each = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         ends = zip(each, before, whole, strict=True)
         return [row[len(start) - 1 : len(end) - 1].sum().item() for row, start, end in ends]
+
+    @cached_property
+    def _newlines(self) -> set[int]:
+        """Tokens with a newline in their text."""
+        ids = list(range(len(self.tokenizer)))
+        texts = self.tokenizer.batch_decode([[token] for token in ids])
+        return {token for token, text in zip(ids, texts, strict=True) if "\n" in text}
 
     def _tensor(self, rows: list[list[int]]) -> torch.Tensor:
         return torch.tensor(rows, device=self.model.device)

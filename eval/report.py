@@ -38,8 +38,9 @@ STYLE = {
 
 class Panel(NamedTuple):
     """
-    Figures by row and column, which are the models if none are named: a value, the value and its interval, or these
-    and of how many it is. They are drawn as dots, with a line to see them by, if there is no other picture.
+    Figures by row and column, which are the models that have any if none are named: a value, the value and its
+    interval, or these and of how many it is. They are drawn as dots, with a line to see them by, if there is no other
+    picture.
     """
 
     part: str
@@ -48,6 +49,9 @@ class Panel(NamedTuple):
     line: float | None = None
     columns: list[str] | None = None
     draw: Callable[[BytesIO], None] | None = None
+
+    def names(self, models: list[str]) -> list[str]:
+        return self.columns or [name for name in models if any(name in of for of in self.rows.values())]
 
 
 def panels(parts: dict[str, Any]) -> Iterator[Panel]:
@@ -68,8 +72,9 @@ def _preference(found: dict[str, Any]) -> Iterator[Panel]:
     }
     equal = {name: [of["length_controlled"]] for name, of in models.items() if of["length_controlled"] is not None}
     rows["at equal length"] = equal
-    rows["ties"] = {name: [of["ties"]] for name, of in models.items()}
     yield Panel("Preference", against, {row: of for row, of in rows.items() if of}, 0.5)
+    ties = {name: [of["ties"]] for name, of in models.items()}
+    yield Panel("Preference", f"share of ties with {found['baseline']}", {"all prompts": ties})
     for breakdown, title in (("by_category", "by use case"), ("by_group", "by group of labelers")):
         rows = {}
         for name, of in models.items():
@@ -192,19 +197,19 @@ def picture(panel: Panel, models: list[str]) -> str:
     if panel.draw:
         panel.draw(buffer)
     else:
-        _dots(panel, panel.columns or models, buffer)
+        _dots(panel, models, buffer)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _dots(panel: Panel, models: list[str], file: BytesIO) -> None:
-    shown = [name for name in models if any(name in of for of in panel.rows.values())]
+    shown, known = panel.names(models), panel.columns or models
     with plt.rc_context(STYLE):
         height = 0.75 + len(panel.rows) * (0.16 * len(shown) + 0.16)
         figure, axis = plt.subplots(figsize=(5.4, height), layout="constrained")
         for number, name in enumerate(shown):
             offset = 0.7 * ((number + 0.5) / len(shown) - 0.5)
             points = [(y + offset, of[name]) for y, of in enumerate(panel.rows.values()) if name in of]
-            colour = COLOURS[models.index(name) % len(COLOURS)]
+            colour = COLOURS[known.index(name) % len(COLOURS)]
             axis.plot(
                 [value for _, (value, *_) in points], [y for y, _ in points], "o", color=colour, ms=5, label=name
             )
@@ -221,12 +226,19 @@ def _dots(panel: Panel, models: list[str], file: BytesIO) -> None:
         plt.close(figure)
 
 
-def shown(figure: list[float | None] | None) -> str:
-    """A figure and its interval to three places, and of how many it is, as text."""
+def cells(panel: Panel, models: list[str]) -> dict[str, list[str]]:
+    """By row the texts of its columns: to three places, or to one where a figure of the panel is 20 or more."""
+    columns = panel.names(models)
+    values = [abs(of[name][0] or 0) for of in panel.rows.values() for name in columns if name in of]
+    digits = 1 if max(values, default=0) >= 20 else 3
+    return {row: [shown(of.get(name), digits) for name in columns] for row, of in panel.rows.items()}
+
+
+def shown(figure: list[float | None] | None, digits: int) -> str:
+    """A figure, its interval, and of how many it is, as text."""
     if not figure or figure[0] is None:
         return ""
     value, bounds, count = figure[0], figure[1:3], figure[3:]
-    digits = 1 if abs(value) >= 20 else 3
     text = f"{value:.{digits}f}"
     if len(bounds) == 2 and None not in bounds:
         text += f" [{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"
@@ -237,11 +249,10 @@ def markdown(found: dict[str, Any], all_panels: list[Panel]) -> str:
     lines = ["# Evaluation", "", *(f"- {name}: `{path}`" for name, path in found["models"].items())]
     lines += ["", LEGEND]
     for panel in all_panels:
-        columns = panel.columns or list(found["models"])
+        columns = panel.names(list(found["models"]))
         lines += ["", f"## {panel.part}: {panel.title}", "", f"| | {' | '.join(columns)} |"]
         lines.append("|---" * (len(columns) + 1) + "|")
-        for row, of in panel.rows.items():
-            lines.append(f"| {row} | {' | '.join(shown(of.get(name)) for name in columns)} |")
+        lines += [f"| {row} | {' | '.join(texts)} |" for row, texts in cells(panel, columns).items()]
     if found["notes"]:
         lines += ["", "## Notes", "", *(f"- {note}" for note in found["notes"])]
     return "\n".join(lines) + "\n"
@@ -261,8 +272,7 @@ def write_report(folder: Path, found: dict[str, Any]) -> None:
         found=found,
         models=models,
         parts=list(dict.fromkeys(panel.part for panel in all_panels)),
-        panels=[(panel, picture(panel, models)) for panel in all_panels],
-        shown=shown,
+        panels=[(panel, picture(panel, models), cells(panel, models)) for panel in all_panels],
         legend=LEGEND,
     )
     write_text(rendered, folder / "report.html")
@@ -293,12 +303,12 @@ thead th { color: #555c66 } .wide { grid-column: 1 / -1 } code { overflow-wrap: 
 {% if found.notes %}<h2>What did not run, or not in full</h2><article><ul>
 {% for note in found.notes %}<li>{{ note }}</li>{% endfor %}</ul></article>{% endif %}
 {% for part in parts %}<h2>{{ part }}</h2><section>
-{% for panel, png in panels if panel.part == part %}
+{% for panel, png, rows in panels if panel.part == part %}
 <article{% if panel.draw %} class="wide"{% endif %}><h3>{{ panel.title }}</h3>
 <img alt="{{ panel.title }}" src="data:image/png;base64,{{ png }}">
-<table><thead><tr><th></th>{% for name in panel.columns or models %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
-{% for row, of in panel.rows.items() %}<tr><th>{{ row }}</th>
-{% for name in panel.columns or models %}<td>{{ shown(of.get(name)) }}</td>{% endfor %}</tr>{% endfor %}
+<table><thead><tr><th></th>{% for name in panel.names(models) %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
+{% for row, texts in rows.items() %}<tr><th>{{ row }}</th>
+{% for text in texts %}<td>{{ text }}</td>{% endfor %}</tr>{% endfor %}
 </tbody></table></article>{% endfor %}</section>{% endfor %}
 </main>
 </html>

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import report
 from conftest import make_llama
-from report import Panel, markdown, panels, picture, shown, write_report
+from report import Panel, cells, markdown, panels, picture, shown, write_report
 
 
 def load_run():
@@ -72,8 +72,8 @@ def test_panels_of_every_part():
         "all prompts": {"ppo": [0.75, 0.6, 0.9, 20]},
         "interval over labelers": {"ppo": [0.75, 0.5, 1.0]},
         "at equal length": {"ppo": [0.6]},
-        "ties": {"ppo": [0.1]},
     }
+    assert found["Preference", "share of ties with sft"].rows == {"all prompts": {"ppo": [0.1]}}
     assert found["Preference", f"{against}, by use case"].rows == {"qa": {"ppo": [0.8, None, None, 1]}}
     assert found["Preference", "rating (1 to 7)"].rows == {"rating": {"ppo": [5.0, 4.0, 6.0, 9]}}
     assert found["Alignment tax", "accuracy, change against sft"].rows == {"sst, 0-shot": {"ppo": [-0.2, -0.3, -0.1]}}
@@ -88,9 +88,12 @@ def test_panels_of_every_part():
 
 
 def test_figures_as_text():
-    assert shown([0.5, 0.4, 0.6, 9]) == "0.500 [0.400, 0.600] (9)"
-    assert shown([0.12345, 0.1, 0.2]) == "0.123 [0.100, 0.200]" and shown([61.23, 55.0, 65.0]) == "61.2 [55.0, 65.0]"
-    assert shown([0.5]) == "0.500" == shown([0.5, None, None]) and shown(None) == "" == shown([None, None, None])
+    assert shown([0.5, 0.4, 0.6, 9], 3) == "0.500 [0.400, 0.600] (9)"
+    assert shown([0.12345, 0.1, 0.2], 3) == "0.123 [0.100, 0.200]"
+    assert shown([0.5], 3) == "0.500" == shown([0.5, None, None], 3)
+    assert shown(None, 3) == "" == shown([None, None, None], 3)
+    panel = Panel("p", "t", {"x": {"a": [61.23, 55.0, 65.0]}, "y": {"a": [7.0], "b": [None, None, None]}})
+    assert cells(panel, ["a", "b"]) == {"x": ["61.2 [55.0, 65.0]", ""], "y": ["7.0", ""]}
 
 
 def test_the_page_is_one_file_and_escapes(tmp_path):

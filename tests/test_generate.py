@@ -43,14 +43,27 @@ def test_cut_before_the_first_newline(folder, monkeypatch):
     policy = Policy(folder, batch_size=8, cut_at_newline=True)
     texts = {"a": " one\ntwo", "b": "\nthree", "c": "four "}
 
-    def sampled(input_ids, stop_strings, tokenizer, **kwargs):
-        assert stop_strings == ["\n"]
+    def sampled(input_ids, eos_token_id, **kwargs):
+        assert {policy.tokenizer.decode([token]) for token in eos_token_id} >= {"\n"}
         new = [policy.tokenizer(text)["input_ids"] for text in texts.values()]
         longest = max(map(len, new))
         return torch.cat([input_ids, torch.tensor([ids + [256] * (longest - len(ids)) for ids in new])], dim=1)
 
     monkeypatch.setattr(policy.model, "generate", sampled)
     assert policy.complete(list(texts)) == ["one", "", "four"]
+
+
+def test_sampling_ends_with_a_newline(folder):
+    """Also in the middle of a token, which some vocabularies have; only then."""
+    policies = [Policy(folder, 4, 30, temperature=1.0, cut_at_newline=cut) for cut in (False, True)]
+    newlines = policies[1]._newlines
+    assert newlines == set(policies[0].tokenizer("\n")["input_ids"])
+    whole, cut = (policy.sample(["ab", "c"] * 100) for policy in policies)
+    ends = [next((i + 1 for i, token in enumerate(ids) if token in newlines), len(ids)) for ids in whole]
+    assert cut == [ids[:end] for ids, end in zip(whole, ends, strict=True)] != whole
+    policies[1].tokenizer.add_tokens(["x\n\n"])
+    del policies[1]._newlines
+    assert len(policies[1]._newlines) == len(newlines) + 1
 
 
 def test_log_probabilities_are_of_the_sampled_tokens(folder):

@@ -12,7 +12,6 @@ users have the best score less PPO's beta times KL. PPO's rates were not chosen 
 import argparse
 import json
 import sys
-import time
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from base import packed_batches
 from datasets import Dataset
 from evaluation import Samples, mean_kl, mean_with_interval, pretraining_loss, sample
 from gold import gold_reward
+from progress import Progress
 from run import BETA, MAX_COMPLETION, PTX_LENGTH, ROLLOUT, STEP, quieten
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, RLOOConfig, RLOOTrainer
@@ -71,10 +71,13 @@ class Comparison:
             "report_to": "none",
             "save_strategy": "no",
             "disable_tqdm": True,
-            "logging_strategy": "no",
+            "logging_steps": 5,
             "use_cpu": True,
             "dataloader_pin_memory": False,
         }
+
+    def name(self, name: str, rate: float, beta: float) -> str:
+        return f"{TITLES[name]} {rate:g} {beta:g}"
 
     def rloo(self, rate: float, beta: float) -> Any:
         args = RLOOConfig(
@@ -91,6 +94,7 @@ class Comparison:
 
         prompts = Dataset.from_dict({"prompt": self.train})
         trainer = RLOOTrainer(str(self.folder / "sft"), reward, args=args, train_dataset=prompts)
+        Progress.attach(trainer, self.name("rloo", rate, beta), {"reward": "score", "kl": "KL"})
         trainer.train()
         return trainer.model
 
@@ -98,18 +102,22 @@ class Comparison:
         common = self.common("dpo", rate, beta)
         args = DPOConfig(**common, per_device_train_batch_size=STEP // 2, gradient_accumulation_steps=1)
         trainer = DPOTrainer(str(self.folder / "sft"), args=args, train_dataset=self.pairs)
+        Progress.attach(trainer, self.name("dpo", rate, beta), {"rewards/margins": "margin"})
         trainer.train()
         return trainer.model
 
     @cached_property
     def pairs(self) -> Dataset:
-        """Two samples of the SFT model for each of so many prompts that as many are sampled as in PPO."""
+        """
+        Two samples of the SFT model for each of so many prompts that as many are sampled as in PPO. A space stands
+        before each, since DPO reads it as one text with its prompt: the words are then those of PPO.
+        """
         count = self.steps * STEP // 2
         prompts = [self.train[i % len(self.train)] for i in range(count)]
         texts = [sample(self.sft, self.tokenizer, prompts, MAX_COMPLETION, seed).texts for seed in (11, 12)]
         scores = np.array([self.rm.score(prompts, of, batch_size=64) for of in texts])
         order = scores.argsort(axis=0)
-        worse, better = ([texts[which][i] for i, which in enumerate(of)] for of in order)
+        worse, better = ([f" {texts[which][i]}" for i, which in enumerate(of)] for of in order)
         return Dataset.from_dict({"prompt": prompts, "chosen": better, "rejected": worse})
 
     def best(self, name: str) -> tuple[Any, dict[str, float]]:
@@ -117,15 +125,11 @@ class Comparison:
         prompts = [row["prompt"] for row in self.world.splits["valid"]]
         found = []
         for rate, beta in SETTINGS[name]:
-            begin = time.perf_counter()
             model = getattr(self, name)(rate, beta).eval()
             samples = sample(model, self.tokenizer, prompts, MAX_COMPLETION, seed=5)
             objective = float(self.scores(samples).mean() - BETA * mean_kl(model, self.sft, samples))
             found.append((objective, {"learning_rate": rate, "beta": beta}, model))
-            print(
-                f"{TITLES[name]}, learning rate {rate}, beta {beta}: {objective:.2f} on valid prompts "
-                f"({time.perf_counter() - begin:.0f} s)"
-            )
+            print(f"  learning rate {rate:g}, beta {beta:g}: score less KL {objective:.2f} on prompts of valid users")
         _, setting, model = max(found, key=lambda one: one[0])
         return model, setting
 
