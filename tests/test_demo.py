@@ -188,13 +188,13 @@ def test_quick_run_writes_a_page_that_needs_no_other_file(quick):
 
 
 def test_what_the_critic_buys(quick, monkeypatch, capsys):
-    """The demo's own policies have the demo's figures; RLOO and DPO start from its SFT model, with its budget."""
+    """The demo's policies have its figures, PPO too when it is trained anew; RLOO and DPO start from its SFT model."""
     folder = quick[0]
-    settings = {"rloo": [(1e-4, 0.02)], "dpo": [(1e-9, 0.1), (1e-4, 0.1)]}
+    settings = {"ppo": [(1e-4, 0.02)], "rloo": [(1e-4, 0.02)], "dpo": [(1e-9, 0.1), (1e-4, 0.1)]}
     monkeypatch.setattr(critic, "SETTINGS", settings)
     critic.main(["--demo", str(folder)])
     found = json.loads((folder / "critic.json").read_text(encoding="utf-8"))
-    assert list(found) == ["sft", "ppo", "ppo_ptx", "rloo", "dpo"]
+    assert list(found) == ["sft", "ppo_ptx", "ppo", "rloo", "dpo"]
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))["policies"]
     for name in ("sft", "ppo", "ppo_ptx"):
         assert found[name]["gold_reward"][0] == pytest.approx(report[name]["gold_reward"], abs=1e-6)

@@ -1,12 +1,12 @@
 """
-What does the value model buy? PPO and PPO-ptx as the demo made them, beside TRL's RLOO and DPO, in the same world.
+What does the value model buy? PPO beside TRL's RLOO and DPO, and the demo's PPO-ptx, in one world.
 
     python recipes/demo/critic.py            # after `make demo`; adds critic.json and critic.png to runs/demo
 
 All start from the demo's SFT model, follow its reward model and have its budget: as many sampled completions,
 optimizer steps and sequences a step. RLOO samples four completions a prompt, DPO two of the SFT model, of which the
-reward model prefers one. RLOO and DPO run with each of `SETTINGS`; taken is the one whose samples for prompts of valid
-users have the best score less PPO's beta times KL. PPO's rates were not chosen so: the others are rather flattered.
+reward model prefers one. Each runs with all of its `SETTINGS`; taken is the one whose samples for prompts of valid
+users have the best score less PPO's beta times KL. PPO-ptx is the demo's own, whose rate is PPO's first.
 """
 
 import argparse
@@ -23,20 +23,21 @@ from datasets import Dataset
 from evaluation import Samples, mean_kl, mean_with_interval, pretraining_loss, sample
 from gold import gold_reward
 from progress import Progress
-from run import BETA, MAX_COMPLETION, PTX_LENGTH, ROLLOUT, STEP, quieten
+from run import BETA, MAX_COMPLETION, PTX_LENGTH, ROLLOUT, STEP, common, ppo_config, quieten
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, RLOOConfig, RLOOTrainer
 from world import World, make_world
 
-from instructgpt_trl import RewardModel
+from instructgpt_trl import PPOTrainer, RewardModel
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  behind the choice of its backend
 
 # Learning rate and beta: RLOO's weighs the KL penalty as PPO's does, DPO's is the same in its optimum, or TRL's 0.1
 SETTINGS = {
-    "rloo": [(1e-4, BETA), (3e-4, BETA)],
-    "dpo": [(3e-5, BETA), (1e-4, BETA), (3e-5, 0.1), (1e-4, 0.1)],
+    "ppo": [(1e-4, BETA), (3e-4, BETA)],
+    "rloo": [(1e-4, BETA), (3e-4, BETA), (1e-3, BETA)],
+    "dpo": [(rate, beta) for rate in (1e-4, 3e-4, 1e-3) for beta in (BETA, 0.1)],
 }
 TITLES = {"sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx", "rloo": "RLOO", "dpo": "DPO"}
 COLOURS = {"sft": "#4477aa", "ppo": "#cc5a49", "ppo_ptx": "#2f8f6b", "rloo": "#7a5ea8", "dpo": "#c08a2d"}
@@ -60,28 +61,29 @@ class Comparison:
     def load(self, name: str) -> Any:
         return AutoModelForCausalLM.from_pretrained(self.folder / name).eval()
 
-    def common(self, name: str, rate: float, beta: float) -> dict[str, Any]:
-        """What the demo's PPO has too."""
-        return {
-            "output_dir": str(self.folder / "critic" / name),
-            "seed": self.seed,
-            "learning_rate": rate,
-            "beta": beta,
-            "max_steps": self.steps,
-            "report_to": "none",
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "logging_steps": 5,
-            "use_cpu": True,
-            "dataloader_pin_memory": False,
-        }
+    def common(self, name: str, rate: float) -> dict[str, Any]:
+        """What every trainer gets, the demo's too."""
+        folder = str(self.folder / "critic" / name)
+        return {**common(folder, self.seed), "learning_rate": rate, "max_steps": self.steps}
 
     def name(self, name: str, rate: float, beta: float) -> str:
         return f"{TITLES[name]} {rate:g} {beta:g}"
 
+    def ppo(self, rate: float, beta: float) -> Any:
+        trainer = PPOTrainer(
+            model=str(self.folder / "sft"),
+            reward_model=str(self.folder / "rm"),
+            args=ppo_config(**self.common("ppo", rate)),
+            train_dataset=Dataset.from_dict({"prompt": self.train}),
+        )
+        Progress.attach(trainer, self.name("ppo", rate, beta), {"objective/scores": "score", "objective/kl": "KL"})
+        trainer.train()
+        return trainer.model
+
     def rloo(self, rate: float, beta: float) -> Any:
         args = RLOOConfig(
-            **self.common("rloo", rate, beta),
+            **self.common("rloo", rate),
+            beta=beta,
             per_device_train_batch_size=STEP,
             gradient_accumulation_steps=1,
             steps_per_generation=ROLLOUT // STEP,
@@ -99,8 +101,12 @@ class Comparison:
         return trainer.model
 
     def dpo(self, rate: float, beta: float) -> Any:
-        common = self.common("dpo", rate, beta)
-        args = DPOConfig(**common, per_device_train_batch_size=STEP // 2, gradient_accumulation_steps=1)
+        args = DPOConfig(
+            **self.common("dpo", rate),
+            beta=beta,
+            per_device_train_batch_size=STEP // 2,
+            gradient_accumulation_steps=1,
+        )
         trainer = DPOTrainer(str(self.folder / "sft"), args=args, train_dataset=self.pairs)
         Progress.attach(trainer, self.name("dpo", rate, beta), {"rewards/margins": "margin"})
         trainer.train()
@@ -183,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {report} is not there; run `make demo` first, or give its folder as --demo")
     demo = json.loads(report.read_text(encoding="utf-8"))
     world = Comparison(args.demo, demo["seed"], demo["ppo_steps"])
-    found = {name: world.measure(world.load(name)) for name in ("sft", "ppo", "ppo_ptx")}
+    found = {name: world.measure(world.load(name)) for name in ("sft", "ppo_ptx")}
     for name in SETTINGS:
         model, setting = world.best(name)
         found[name] = {**world.measure(model), **setting}

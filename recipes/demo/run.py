@@ -77,6 +77,39 @@ QUICK = Settings(
 )
 
 
+def common(output_dir: str, seed: int) -> dict[str, Any]:
+    """Arguments that every trainer gets."""
+    return {
+        "output_dir": output_dir,
+        "seed": seed,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 5,
+        "disable_tqdm": True,
+        "use_cpu": True,  # the same numbers everywhere; a GPU is no faster at a million parameters
+        "dataloader_pin_memory": False,
+    }
+
+
+def ppo_config(learning_rate: float, **given: Any) -> PPOConfig:
+    """PPO in this world."""
+    return PPOConfig(
+        **given,
+        learning_rate=learning_rate,
+        value_learning_rate=5e-4,
+        per_device_train_batch_size=STEP,
+        gradient_accumulation_steps=1,
+        steps_per_generation=ROLLOUT // STEP,
+        max_completion_length=MAX_COMPLETION,
+        max_prompt_length=48,
+        beta=BETA,
+        ptx_coef=0.3,
+        ptx_ratio=1,
+        ptx_max_length=PTX_LENGTH,
+        save_completions=False,
+    )
+
+
 class Run:
     """
     One run of the demo: each method is a stage, writes its model to a folder and adds to `results`.
@@ -108,19 +141,6 @@ class Run:
         """Folder of a model."""
         return str(self.dir / name)
 
-    def common(self, name: str) -> dict[str, Any]:
-        """Arguments that every trainer gets."""
-        return {
-            "output_dir": self.path(name),
-            "seed": self.seed,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 5,
-            "disable_tqdm": True,
-            "use_cpu": True,  # the same numbers everywhere; a GPU is no faster at a million parameters
-            "dataloader_pin_memory": False,
-        }
-
     def pretrain(self) -> None:
         """The base model, on web text."""
         web = self.world.web(self.settings.web_texts)
@@ -147,7 +167,7 @@ class Run:
     def sft(self) -> None:
         """Supervised fine-tuning on demonstrations."""
         args = SFTConfig(
-            **self.common("sft"),
+            **common(self.path("sft"), self.seed),
             per_device_train_batch_size=16,
             learning_rate=5e-4,
             num_train_epochs=2,
@@ -192,7 +212,7 @@ class Run:
     def reward_model(self) -> None:
         """The reward model, from the SFT model, on the rankings; demonstrations then score 0 on average."""
         args = RewardConfig(
-            **self.common("rm"),
+            **common(self.path("rm"), self.seed),
             per_device_train_batch_size=4,
             learning_rate=5e-4,
             num_train_epochs=1,
@@ -221,22 +241,7 @@ class Run:
 
     def ppo(self, name: str, ptx: bool) -> None:
         """PPO, with pretraining gradients if `ptx`; the same prompts, steps and rates either way."""
-        args = PPOConfig(
-            **self.common(name),
-            per_device_train_batch_size=STEP,
-            gradient_accumulation_steps=1,
-            steps_per_generation=ROLLOUT // STEP,
-            max_completion_length=MAX_COMPLETION,
-            max_prompt_length=48,
-            learning_rate=1e-4,
-            value_learning_rate=5e-4,
-            max_steps=self.settings.ppo_steps,
-            beta=BETA,
-            ptx_coef=0.3,
-            ptx_ratio=1,
-            ptx_max_length=PTX_LENGTH,
-            save_completions=False,
-        )
+        args = ppo_config(1e-4, **common(self.path(name), self.seed), max_steps=self.settings.ppo_steps)
         trainer = PPOTrainer(
             model=self.path("sft"),
             reward_model=self.path("rm"),
