@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from files import cached, fingerprint, named, write_json
+from files import cached, fingerprint, named, said, write_json
 from intervals import figure_with_interval
 from metrics import Bleu
 from tqdm import tqdm
@@ -162,8 +162,7 @@ def measure(
             try:
                 found[task, shots, model] = cached(file, settings, run)
             except Exception as error:  # the hub, a file, memory: the other tasks can still run
-                reason = " ".join(str(error).split())[:200]
-                notes.append(f"{model}, {task}, {shots} examples: {type(error).__name__}: {reason}")
+                notes.append(f"{model}, {task}, {shots} examples: {said(error)}")
     base = next(iter(models))
     tasks: dict[str, dict] = {}
     for (task, shots, model), figures in found.items():

@@ -27,6 +27,12 @@ def named(given: Sequence[str], flag: str) -> dict[str, str]:
     return found
 
 
+def said(error: Exception) -> str:
+    """An error in one line; of what kind it is, where it is none of ours."""
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
+
+
 def key_of(prompt: Any) -> str:
     """A prompt, string or conversation, as text by which rows are told apart."""
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, ensure_ascii=False)

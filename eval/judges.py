@@ -16,7 +16,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from files import kept
+from files import kept, said
 from tqdm import tqdm
 from web import post
 
@@ -141,7 +141,7 @@ def each(
                 return found
             failed[f"{found} is no number from {low} to {high}"] += 1
         except Exception as error:  # whatever it raises, the others count
-            failed[f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"] += 1
+            failed[said(error)] += 1
         return None
 
     with ThreadPoolExecutor(workers) as pool:

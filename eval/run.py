@@ -30,7 +30,7 @@ import overoptimisation
 import toxicity
 import truthful
 import win_rate
-from files import cached, fingerprint, named
+from files import cached, fingerprint, named, said
 from generate import Policy, write_completions
 from language_model import LanguageModel
 from report import write_report
@@ -123,7 +123,7 @@ class Run:
         except Exception as error:
             if not isinstance(error, InputError | OSError):
                 traceback.print_exc()
-            self.notes.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            self.notes.append(f"{name}: {said(error)}")
             return None
 
     def of_each_model(self, name: str, settings: dict[str, Any], make: Callable[[str], Any]) -> dict[str, Any] | None:

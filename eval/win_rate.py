@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from files import key_of, named, write_json
+from files import key_of, named, said, write_json
 from intervals import interval, with_interval
 from judges import Comparison, Judge, make_judge
 
@@ -93,7 +93,7 @@ def compare(models: dict[str, dict], baseline: str, judge: Judge) -> tuple[dict[
         try:
             values = judge([Comparison(own["prompt"], own["completion"], of["completion"]) for own, of in rows])
         except Exception as error:  # the other models may be judged
-            problems.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            problems.append(f"{name}: {said(error)}")
             found[name] = []
             continue
         failed = sum(value is None for value in values)

@@ -193,15 +193,19 @@ def test_what_the_critic_buys(quick, monkeypatch, capsys):
     settings = {"ppo": [(1e-4, 0.02)], "rloo": [(1e-4, 0.02)], "dpo": [(1e-9, 0.1), (1e-4, 0.1)]}
     monkeypatch.setattr(critic, "SETTINGS", settings)
     critic.main(["--demo", str(folder)])
-    found = json.loads((folder / "critic.json").read_text(encoding="utf-8"))
-    assert list(found) == ["sft", "ppo_ptx", "ppo", "rloo", "dpo"]
+    rows = json.loads((folder / "critic.json").read_text(encoding="utf-8"))
+    assert [row["policy"] for row in rows] == ["sft", "ppo_ptx", "ppo", "rloo", "dpo", "dpo"]
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))["policies"]
-    for name in ("sft", "ppo", "ppo_ptx"):
-        assert found[name]["gold_reward"][0] == pytest.approx(report[name]["gold_reward"], abs=1e-6)
+    for row in rows[:3]:
+        of_demo = report[row["policy"]]
+        assert row["gold_reward"][0] == pytest.approx(of_demo["gold_reward"], abs=1e-6)
         for figure in ("rm_score", "kl", "pretraining_loss"):
-            assert found[name][figure] == pytest.approx(report[name][figure], abs=1e-5)
-    assert found["rloo"]["kl"] > 0 < found["dpo"]["kl"]
-    assert (found["dpo"]["learning_rate"], found["dpo"]["beta"]) in settings["dpo"]
+            assert row[figure] == pytest.approx(of_demo[figure], abs=1e-5)
+    rloo, still, dpo = rows[3:]
+    assert rloo["kl"] > 0.01 < dpo["kl"] and abs(still["kl"]) < 1e-3  # a rate of 1e-9 changes nothing
+    assert [row["chosen"] for row in rows] == [True] * 4 + [
+        row["objective"] >= max(still["objective"], dpo["objective"]) for row in rows[4:]
+    ]
     assert (folder / "critic.png").read_bytes()[:4] == b"\x89PNG"
     assert "RLOO" in capsys.readouterr().out
 

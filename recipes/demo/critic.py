@@ -5,7 +5,7 @@ What does the value model buy? PPO beside TRL's RLOO and DPO, and the demo's PPO
 
 All start from the demo's SFT model, follow its reward model and have its budget: as many sampled completions,
 optimizer steps and sequences a step. RLOO samples four completions a prompt, DPO two of the SFT model, of which the
-reward model prefers one. Each runs with all of its `SETTINGS`; taken is the one whose samples for prompts of valid
+reward model prefers one. Each runs with all of its `SETTINGS`; chosen is the one whose samples for prompts of valid
 users have the best score less PPO's beta times KL. PPO-ptx is the demo's own, whose rate is PPO's first.
 """
 
@@ -35,7 +35,7 @@ import matplotlib.pyplot as plt  # noqa: E402  behind the choice of its backend
 
 # Learning rate and beta: RLOO's weighs the KL penalty as PPO's does, DPO's is the same in its optimum, or TRL's 0.1
 SETTINGS = {
-    "ppo": [(1e-4, BETA), (3e-4, BETA)],
+    "ppo": [(1e-4, BETA), (3e-4, BETA), (1e-3, BETA)],
     "rloo": [(1e-4, BETA), (3e-4, BETA), (1e-3, BETA)],
     "dpo": [(rate, beta) for rate in (1e-4, 3e-4, 1e-3) for beta in (BETA, 0.1)],
 }
@@ -96,7 +96,7 @@ class Comparison:
 
         prompts = Dataset.from_dict({"prompt": self.train})
         trainer = RLOOTrainer(str(self.folder / "sft"), reward, args=args, train_dataset=prompts)
-        Progress.attach(trainer, self.name("rloo", rate, beta), {"reward": "score", "kl": "KL"})
+        Progress.attach(trainer, self.name("rloo", rate, beta), {"reward": "score", "kl": "KL a token"})
         trainer.train()
         return trainer.model
 
@@ -126,18 +126,21 @@ class Comparison:
         worse, better = ([f" {texts[which][i]}" for i, which in enumerate(of)] for of in order)
         return Dataset.from_dict({"prompt": prompts, "chosen": better, "rejected": worse})
 
-    def best(self, name: str) -> tuple[Any, dict[str, float]]:
-        """The model of the best setting, by prompts of the valid split, and that setting."""
+    def compare(self) -> list[dict[str, Any]]:
+        """A row for each policy and setting; `chosen` is the best of a method by prompts of valid users."""
+        rows = [{"policy": name, "chosen": True, **self.measure(self.load(name))} for name in ("sft", "ppo_ptx")]
         prompts = [row["prompt"] for row in self.world.splits["valid"]]
-        found = []
-        for rate, beta in SETTINGS[name]:
-            model = getattr(self, name)(rate, beta).eval()
-            samples = sample(model, self.tokenizer, prompts, MAX_COMPLETION, seed=5)
-            objective = float(self.scores(samples).mean() - BETA * mean_kl(model, self.sft, samples))
-            found.append((objective, {"learning_rate": rate, "beta": beta}, model))
-            print(f"  learning rate {rate:g}, beta {beta:g}: score less KL {objective:.2f} on prompts of valid users")
-        _, setting, model = max(found, key=lambda one: one[0])
-        return model, setting
+        for name, settings in SETTINGS.items():
+            of_method = []
+            for rate, beta in settings:
+                model = getattr(self, name)(rate, beta).eval()
+                samples = sample(model, self.tokenizer, prompts, MAX_COMPLETION, seed=5)
+                objective = float(self.scores(samples).mean() - BETA * mean_kl(model, self.sft, samples))
+                setting = {"policy": name, "learning_rate": rate, "beta": beta, "objective": objective}
+                of_method.append({**setting, **self.measure(model)})
+            best = max(of_method, key=lambda row: row["objective"])
+            rows += [{**row, "chosen": row is best} for row in of_method]
+        return rows
 
     def scores(self, samples: Samples) -> np.ndarray:
         return self.rm.score_ids(samples.prompt_ids, samples.completion_ids, batch_size=16).numpy()
@@ -161,22 +164,38 @@ class Comparison:
         }
 
 
-def draw(found: dict[str, Any], file: Path) -> None:
-    """Gold reward, score and pretraining loss of each policy against its KL."""
+def draw(rows: list[dict[str, Any]], file: Path) -> None:
+    """Gold reward, score and pretraining loss of each policy against its KL; those not chosen are hollow."""
     panels = {"gold_reward": "gold reward", "rm_score": "reward-model score", "pretraining_loss": "pretraining loss"}
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.3), layout="constrained")
     for axis, (metric, title) in zip(axes, panels.items(), strict=True):
-        for name, of in found.items():
-            value, *bounds = np.atleast_1d(of[metric])
-            axis.plot(of["kl"], value, "o", color=COLOURS[name], label=TITLES[name])
+        for row in rows:
+            colour = COLOURS[row["policy"]]
+            value, *bounds = np.atleast_1d(row[metric])
             if bounds:
-                axis.plot([of["kl"]] * 2, bounds, color=COLOURS[name], linewidth=1.5)
+                axis.plot([row["kl"]] * 2, bounds, color=colour, linewidth=1.2, zorder=1)
+            style = {"label": TITLES[row["policy"]]} if row["chosen"] else {"markerfacecolor": "white"}
+            axis.plot(row["kl"], value, "o", color=colour, **style)
         axis.set_title(title, loc="left", fontsize=9, fontweight="bold")
         axis.set_xlabel("KL to SFT (nats a completion)")
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(file, dpi=130)
     plt.close(figure)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """As Markdown, the chosen settings in bold."""
+    lines = ["| policy | rate, beta | beats SFT | gold reward | RM score | KL | pretraining loss |", "|---" * 7 + "|"]
+    for row in rows:
+        (win, a, b), (gold, c, d) = row["win_rate_vs_sft"], row["gold_reward"]
+        name = f"**{TITLES[row['policy']]}**" if row["chosen"] else TITLES[row["policy"]]
+        setting = f"{row['learning_rate']:g}, {row['beta']:g}" if "beta" in row else ""
+        lines.append(
+            f"| {name} | {setting} | {100 * win:.1f} % [{100 * a:.1f}, {100 * b:.1f}] | {gold:.2f} [{c:.2f}, {d:.2f}] "
+            f"| {row['rm_score']:.2f} | {row['kl']:.2f} | {row['pretraining_loss']:.3f} |"
+        )
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -189,18 +208,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {report} is not there; run `make demo` first, or give its folder as --demo")
     demo = json.loads(report.read_text(encoding="utf-8"))
     world = Comparison(args.demo, demo["seed"], demo["ppo_steps"])
-    found = {name: world.measure(world.load(name)) for name in ("sft", "ppo_ptx")}
-    for name in SETTINGS:
-        model, setting = world.best(name)
-        found[name] = {**world.measure(model), **setting}
-    (args.demo / "critic.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    draw(found, args.demo / "critic.png")
-    print(f"\n{'policy':<10}{'beats SFT':>24}{'gold reward':>26}{'RM score':>10}{'KL':>7}{'pretraining loss':>18}")
-    for name, of in found.items():
-        (win, a, b), (gold, c, d) = of["win_rate_vs_sft"], of["gold_reward"]
-        shown = f"{100 * win:.1f} % [{100 * a:.1f}, {100 * b:.1f}]"
-        print(f"{TITLES[name]:<10}{shown:>24}{f'{gold:.2f} [{c:.2f}, {d:.2f}]':>26}{of['rm_score']:>10.2f}"
-              f"{of['kl']:>7.2f}{of['pretraining_loss']:>18.3f}")  # fmt: skip
+    rows = world.compare()
+    (args.demo / "critic.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    draw(rows, args.demo / "critic.png")
+    print(f"\n{table(rows)}\n")
     print(f"figures: {args.demo / 'critic.json'}, {args.demo / 'critic.png'}")
 
 
