@@ -7,9 +7,10 @@ The paper's questions about one or several policies, in one run: preferred? trut
 Parts run as far as they are given what they need: preference (`--prompts`, and `--judge` or `--labels`), agreement
 between labelers (`--labels`) and of reward models with them (`--folds`), truthfulness (`--questions`), toxicity
 (`--scorer`), bias (its two files), the alignment tax (`--tasks`, `--data`, `--text`) and overoptimisation (`--run`,
-`--reward_model`). `quick` takes a few rows of each and no examples in front of the public
-sets, `paper` the paper's numbers. A part that fails is named in the report and the others go on; called again, the run
-does what is not there yet. The report is report.html, report.md and report.json in the output folder.
+`--reward_model`). `quick` takes a few rows of each and no examples in front of the public sets, `paper` the paper's
+numbers. A part that fails is named in the report and the others go on; called again, the run does what is not there
+yet, and parts of an earlier call with the same models stay. The report is report.html, report.md and report.json in
+the output folder.
 """
 
 import argparse
@@ -115,6 +116,18 @@ class Run:
             elif (part := self.attempt(name, make)) is not None:
                 found[name] = part
         return found
+
+    def earlier(self, parts: dict[str, Any]) -> dict[str, Any]:
+        """Parts of the report that is there, of the same models, which this call did not make; they are noted."""
+        try:
+            report = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        if (report.get("models"), report.get("suite")) != (self.models, self.args.suite):
+            return {}
+        kept = {name: part for name, part in report["parts"].items() if name not in parts}
+        self.notes += [f"{name}: the figures are of an earlier call" for name in kept]
+        return kept
 
     def attempt(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make` gives; None where it fails, which is noted."""
@@ -256,6 +269,7 @@ def main(argv: list[str] | None = None) -> None:
         run = Run(args)
         parts = run.parts()
         if parts:  # else an earlier report stays
+            parts = {**run.earlier(parts), **parts}
             write_report(args.output, {"models": run.models, "suite": args.suite, "parts": parts, "notes": run.notes})
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")

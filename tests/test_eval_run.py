@@ -229,6 +229,20 @@ def test_a_report_stays_where_nothing_runs(stage):
     assert (stage / "out" / "report.html").read_bytes() == before
 
 
+def test_parts_of_an_earlier_call_stay(stage):
+    """Whether they fail this time or are not asked for; not where other models stand in the report."""
+    eval_run.main(flags(stage))
+    before = json.loads((stage / "out" / "report.json").read_text())
+    eval_run.main(flags(stage, crows_pairs=[str(stage / "q.csv")], questions=[], truth_judge=[]))
+    after = json.loads((stage / "out" / "report.json").read_text())
+    assert after["parts"] == before["parts"]
+    kept = [note for note in after["notes"] if note.endswith("the figures are of an earlier call")]
+    assert [note.split(":")[0] for note in kept] == ["truthfulness", "bias"]
+    assert any("no column sent_more" in note for note in after["notes"])
+    eval_run.main(flags(stage, models=[f"base={stage / 'base'}"], crows_pairs=[]))
+    assert "bias" not in json.loads((stage / "out" / "report.json").read_text())["parts"]
+
+
 def test_what_a_scorer_could_not_say_is_noted(stage):
     """It fails on the first text, of six of the first model with the first prefix."""
     body = (stage / "judge.py").read_text()
