@@ -171,13 +171,14 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     for axis, (metric, title) in zip(axes, panels.items(), strict=True):
         for row in rows:
             colour = COLOURS[row["policy"]]
+            x = np.sqrt(max(row["kl"], 0))  # an estimate, which may be less than 0
             value, *bounds = np.atleast_1d(row[metric])
             if bounds:
-                axis.plot([row["kl"]] * 2, bounds, color=colour, linewidth=1.2, zorder=1)
+                axis.plot([x] * 2, bounds, color=colour, linewidth=1.2, zorder=1)
             style = {"label": TITLES[row["policy"]]} if row["chosen"] else {"markerfacecolor": "white"}
-            axis.plot(row["kl"], value, "o", color=colour, **style)
+            axis.plot(x, value, "o", color=colour, **style)
         axis.set_title(title, loc="left", fontsize=9, fontweight="bold")
-        axis.set_xlabel("KL to SFT (nats a completion)")
+        axis.set_xlabel("sqrt(KL to SFT, nats a completion)")
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(file, dpi=130)
