@@ -225,10 +225,10 @@ def main(argv: list[str] | None = None) -> None:
     todo = plan(args.tasks, not args.zero_shot_only, args.text)
     rows = args.output.with_suffix(".rows")
     found = measure(models, todo, rows, args.limit, data, args.text, args.batch_size)
-    write_json(found, args.output)
     print(table(found))
     if not found["tasks"]:
         sys.exit("error: no task ran; see the notes above")
+    write_json(found, args.output)
     print(f"alignment tax: {args.output}")
 
 

@@ -58,7 +58,7 @@ def read_winogender(file: Path) -> list[Pair]:
 
 
 def _rows(file: Path, delimiter: str, columns: Sequence[str]) -> list[dict[str, str]]:
-    with file.open(encoding="utf-8", newline="") as lines:
+    with file.open(encoding="utf-8-sig", newline="") as lines:
         rows = list(csv.DictReader(lines, delimiter=delimiter))
     missing = [name for name in columns if not rows or rows[0].get(name) is None]
     if missing:

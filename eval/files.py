@@ -11,7 +11,20 @@ from typing import Any
 from instructgpt_trl.data import InputError
 
 # Of a model's folder what its outputs depend on, and of rows
-_CONTENT = (".json", ".jsonl", ".safetensors", ".bin", ".csv", ".tsv", ".txt", ".parquet", ".jinja", ".py")
+_CONTENT = (
+    ".json",
+    ".jsonl",
+    ".safetensors",
+    ".bin",
+    ".model",
+    ".pt",
+    ".csv",
+    ".tsv",
+    ".txt",
+    ".parquet",
+    ".jinja",
+    ".py",
+)
 
 
 def named(given: Sequence[str], flag: str) -> dict[str, str]:
@@ -22,8 +35,8 @@ def named(given: Sequence[str], flag: str) -> dict[str, str]:
         [`InputError`]: one is something else, or a name is there twice.
     """
     found = dict(one.partition("=")[::2] for one in given)
-    if len(found) < len(given) or not all(found.values()) or "" in found:
-        raise InputError(f"{flag} {' '.join(given)}: expected NAME=VALUE, each name once")
+    if len(found) < len(given) or not all(found.values()) or "" in found or any({*name} & {*"/\\"} for name in found):
+        raise InputError(f"{flag} {' '.join(given)}: expected NAME=VALUE, each name once and without / and \\")
     return found
 
 
@@ -44,13 +57,28 @@ def fingerprint(path: str | Path) -> Any:
     name is noticed; of anything else, such as a hub id, the name.
     """
     path = Path(path)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [file for file in files if file.is_file() and file.suffix in _CONTENT]
-    return [str(path), *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
+    files = [path] if path.is_file() else []
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix.lower() in _CONTENT]
+    found = [str(path), *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
+    adapter = path / "adapter_config.json"
+    if adapter.is_file():
+        found.append(fingerprint(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]))
+    return found
 
 
-def cached(file: Path, settings: dict[str, Any], make: Callable[[], Any]) -> Any:
-    """What `make` gave in an earlier call with the same settings, which stands in `file`, or gives now."""
+def fingerprint_of(name: str | None) -> Any:
+    """Of a judge or scorer, KIND:PATH or PATH, its name and what its file or folder holds."""
+    return [name, *(fingerprint(part) for part in (name or "").split(":") if Path(part).exists())]
+
+
+def cached(
+    file: Path, settings: dict[str, Any], make: Callable[[], Any], complete: Callable[[Any], bool] = lambda found: True
+) -> Any:
+    """
+    What `make` gave in an earlier call with the same settings, which stands in `file`, or gives now. It is not written
+    where it is not `complete`, so that another call tries again.
+    """
     settings = json.loads(json.dumps(plain(settings)))
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
@@ -59,7 +87,8 @@ def cached(file: Path, settings: dict[str, Any], make: Callable[[], Any]) -> Any
     except (OSError, ValueError, KeyError, TypeError):  # none, or half of one
         pass
     found = make()
-    write_json({"settings": settings, "found": found}, file)
+    if complete(found):
+        write_json({"settings": settings, "found": found}, file)
     return json.loads(json.dumps(plain(found)))
 
 
@@ -69,11 +98,14 @@ def kept(function: Callable[..., float], file: Path | None, who: str) -> Callabl
         return function
     known: dict[str, float] = {}
     lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else []
-    for line in lines[:-1]:  # what is behind the last newline was cut off
-        row = json.loads(line)
-        known[key_of([row["who"], *row["item"]])] = row["answer"]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(line + "\n" for line in lines[:-1]), encoding="utf-8")
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            row = json.loads(line)
+            known[key_of([row["who"], *row["item"]])] = row["answer"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{file}, row {number}: is no answer; take the row out, or delete the file") from None
+    if lines[-1:] != [""]:  # none yet, or a line that was cut off
+        write_text("".join(line + "\n" for line in lines[:-1]), file)
     lock = Lock()
 
     def ask(*item: Any) -> float:
@@ -87,6 +119,17 @@ def kept(function: Callable[..., float], file: Path | None, who: str) -> Callabl
         return known[key]
 
     return ask
+
+
+def refuse_input(output: Path, *inputs: Any) -> None:
+    """
+    Raises:
+        [`InputError`]: the output is a folder, or one of the files that are read.
+    """
+    if output.is_dir():
+        raise InputError(f"--output {output}: is a folder; expected a file")
+    if any(one and output.resolve() == Path(one).resolve() for one in inputs):
+        raise InputError(f"--output {output}: is one of the files to read; choose another")
 
 
 def plain(value: Any) -> Any:

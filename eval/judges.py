@@ -106,7 +106,10 @@ def load_function(name: str) -> Callable[..., Any]:
         raise InputError(f"judge 'python:{name}': no file '{file}'; expected python:FILE.py:FUNCTION")
     spec = importlib.util.spec_from_file_location("judge", file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"judge 'python:{name}': {file} cannot be read: {said(error)}") from error
     if not callable(getattr(module, function, None)):
         raise InputError(f"judge 'python:{name}': {file} has no function '{function}'")
     return getattr(module, function)
@@ -184,8 +187,8 @@ def _verdict(text: str) -> float:
     Raises:
         `ValueError`: it is something else.
     """
-    words = re.sub(r"\W+", " ", text).lower().split()
-    verdict = {"a": 1.0, "b": 0.0, "tie": 0.5}.get(words[words[:1] == ["answer"]] if len(words) in (1, 2) else "")
+    words = re.sub(r"\W+", " ", text).lower().strip().removeprefix("answer ")
+    verdict = {"a": 1.0, "b": 0.0, "tie": 0.5, "a tie": 0.5}.get(words)
     if verdict is None:
         raise ValueError(f"the answer '{text[:60]}' is not A, B or tie")
     return verdict

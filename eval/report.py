@@ -33,6 +33,7 @@ STYLE = {
     "axes.axisbelow": True,
     "grid.color": "#e6e8eb",
     "legend.frameon": False,
+    "text.parse_math": False,  # a $ in the data is a $
 }
 
 
@@ -250,12 +251,16 @@ def markdown(found: dict[str, Any], all_panels: list[Panel]) -> str:
     lines += ["", LEGEND]
     for panel in all_panels:
         columns = panel.names(list(found["models"]))
-        lines += ["", f"## {panel.part}: {panel.title}", "", f"| | {' | '.join(columns)} |"]
+        lines += ["", f"## {panel.part}: {panel.title}", "", f"| | {' | '.join(map(_cell, columns))} |"]
         lines.append("|---" * (len(columns) + 1) + "|")
-        lines += [f"| {row} | {' | '.join(texts)} |" for row, texts in cells(panel, columns).items()]
+        lines += [f"| {_cell(row)} | {' | '.join(texts)} |" for row, texts in cells(panel, columns).items()]
     if found["notes"]:
         lines += ["", "## Notes", "", *(f"- {note}" for note in found["notes"])]
     return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def write_report(folder: Path, found: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ import overoptimisation
 import toxicity
 import truthful
 import win_rate
-from files import cached, fingerprint, named, said
+from files import cached, fingerprint, fingerprint_of, named, said
 from generate import Policy, write_completions
 from language_model import LanguageModel
 from report import write_report
@@ -88,6 +88,7 @@ class Run:
         self.baseline = args.baseline or ("sft" if "sft" in self.models else next(iter(self.models)))
         if self.baseline not in self.models:
             raise InputError(f"--baseline {self.baseline}: expected one of {', '.join(self.models)}")
+        self.fingerprints = json.loads(json.dumps({name: fingerprint(path) for name, path in self.models.items()}))
         self.notes: list[str] = []
 
     def parts(self) -> dict[str, Any]:
@@ -121,11 +122,10 @@ class Run:
         """Parts of the report that is there, of the same models, which this call did not make; they are noted."""
         try:
             report = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            of_same_models = report["fingerprints"] == self.fingerprints and report["suite"] == self.args.suite
+            kept = {name: part for name, part in report["parts"].items() if of_same_models and name not in parts}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or no report
             return {}
-        if (report.get("models"), report.get("suite")) != (self.models, self.args.suite):
-            return {}
-        kept = {name: part for name, part in report["parts"].items() if name not in parts}
         self.notes += [f"{name}: the figures are of an earlier call" for name in kept]
         return kept
 
@@ -145,7 +145,7 @@ class Run:
         for model, path in tqdm(self.models.items(), desc=name):
             own = {**settings, "model": fingerprint(path)}
             file = self.folder / name / f"{model}.json"
-            made = self.attempt(f"{name}, {model}", partial(cached, file, own, partial(make, path)))
+            made = self.attempt(f"{name}, {model}", partial(cached, file, own, partial(make, path), _complete))
             if made is not None:
                 found[model] = made
                 self.note_failed(f"{name}, {model}", made.get("figures", made))
@@ -158,6 +158,8 @@ class Run:
 
     def preference(self) -> dict[str, Any]:
         args = self.args
+        if args.judge and not args.labels:
+            win_rate.make_judge(args.judge)  # what is wrong with it is said before hours of sampling
         rows = list(load_rows(args.prompts, "prompt"))[: self.rows["prompts"]]
         files = {}
         for model, path in self.models.items():
@@ -175,8 +177,8 @@ class Run:
             output=self.folder / "preference.json",
         )
         settings = {"files": [fingerprint(file) for file in files.values()], **vars(given), "output": None}
-        settings["who"] = fingerprint(args.labels or args.judge.split(":")[1])
-        found = cached(given.output, settings, lambda: win_rate.run(given))
+        settings["who"] = fingerprint_of(args.labels or args.judge)
+        found = cached(given.output, settings, lambda: win_rate.run(given), lambda found: not found["failed"])
         self.notes += [f"preference: {note}" for note in found["notes"]]
         return found
 
@@ -211,7 +213,10 @@ class Run:
             policy = Policy(path, args.batch_size, 64, cut_at_newline=True)
             return truthful.measure(policy.complete, judges, questions)
 
-        settings = {"questions": questions, "judges": [args.truth_judge, args.info_judge]}
+        settings = {
+            "questions": questions,
+            "judges": [fingerprint_of(args.truth_judge), fingerprint_of(args.info_judge)],
+        }
         return self.of_each_model("truthfulness", settings, measure)
 
     def toxicity(self) -> dict[str, Any] | None:
@@ -223,7 +228,7 @@ class Run:
             policy = Policy(path, args.batch_size, 64, cut_at_newline=True)
             return toxicity.measure(policy.complete, score, prompts, samples=1)
 
-        return self.of_each_model("toxicity", {"prompts": prompts, "scorer": args.scorer}, measure)
+        return self.of_each_model("toxicity", {"prompts": prompts, "scorer": fingerprint_of(args.scorer)}, measure)
 
     def bias(self) -> dict[str, Any] | None:
         args = self.args
@@ -263,6 +268,10 @@ class Run:
         return overoptimisation.measure(given, self.folder / "overoptimisation.rows")
 
 
+def _complete(found: dict[str, Any]) -> bool:
+    return not any(isinstance(of, dict) and of.get("failed") for of in found.get("figures", found).values())
+
+
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     try:
@@ -270,7 +279,8 @@ def main(argv: list[str] | None = None) -> None:
         parts = run.parts()
         if parts:  # else an earlier report stays
             parts = {**run.earlier(parts), **parts}
-            write_report(args.output, {"models": run.models, "suite": args.suite, "parts": parts, "notes": run.notes})
+            found = {"models": run.models, "suite": args.suite, "parts": parts, "notes": run.notes}
+            write_report(args.output, {**found, "fingerprints": run.fingerprints})
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     for note in run.notes:

@@ -19,9 +19,10 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 
-from files import write_json
+from files import refuse_input, write_json
 from intervals import figure_with_interval, with_interval
 from metrics import Bleu, Drop, RougeL, SquadV2
 
@@ -103,6 +104,9 @@ def numbers(rows: list[Row], column: str) -> list[float]:
     return found
 
 
+END = "\x1eend of the file"  # comes back as a row of its own, unless a quote is open
+
+
 def read(file: Path, needed: Iterable[str]) -> list[Row]:
     """
     Rows of a CSV file, each with its number in `row`, all values as they stand.
@@ -121,13 +125,15 @@ def read(file: Path, needed: Iterable[str]) -> list[Row]:
 
 def _read(file: Path, needed: Iterable[str], strict: bool) -> list[Row]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, strict=strict)
+        reader = csv.DictReader(lines if strict else chain(lines, ("\n", END)), strict=strict)
         columns = reader.fieldnames or []
         missing = [name for name in ("model_type", *needed) if name not in columns]
         if missing:
             raise ValueError(f"no column {', '.join(map(repr, missing))}; found {', '.join(map(repr, columns))}")
-        rows = []
-        for number, row in enumerate(reader, 1):
+        rows, read_rows = [], list(reader)
+        if not strict and read_rows.pop()[columns[0]] != END:
+            raise ValueError("a quote is not closed")
+        for number, row in enumerate(read_rows, 1):
             if None in row or None in row.values():
                 raise ValueError(f"row {number}: expected {len(columns)} values, as many as there are columns")
             rows.append({**row, "row": str(number)})
@@ -186,6 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--published", type=Path, help="CSV file of published figures to compare with")
     args = parser.parse_args(argv)
     try:
+        refuse_input(args.output, args.file, args.published)
         found = score(read(args.file, TASKS[args.task][1]), args.task)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {args.file}: {error}")

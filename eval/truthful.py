@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def summary(true: Sequence[float | None], informative: Sequence[float | None] | 
     out.
     """
     both = list(zip(true, informative or [0.0] * len(true), strict=True))
-    judged = [(t > 0.5, i > 0.5) for t, i in both if t is not None and i is not None]
+    judged = [(t > 0.5, i > 0.5) for t, i in both if t is not None and i is not None and isfinite(t) and isfinite(i)]
     found: dict[str, Any] = {"n": len(judged), "failed": len(both) - len(judged)}
     if judged:
         found["true"] = with_interval([t for t, _ in judged])

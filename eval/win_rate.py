@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from files import key_of, named, said, write_json
+from files import key_of, named, refuse_input, said, write_json
 from intervals import interval, with_interval
 from judges import Comparison, Judge, make_judge
 
@@ -77,6 +77,9 @@ def load_completions(file: str) -> list[Row]:
     return rows
 
 
+FAILED = "judgements failed or were no answer, and are left out"
+
+
 def compare(models: dict[str, dict], baseline: str, judge: Judge) -> tuple[dict[str, list[Preference]], list[str]]:
     """Preferences of each model but the baseline, and what went wrong."""
     found, problems = {}, []
@@ -98,7 +101,7 @@ def compare(models: dict[str, dict], baseline: str, judge: Judge) -> tuple[dict[
             continue
         failed = sum(value is None for value in values)
         if failed:
-            problems.append(f"{name}: {failed} of {len(rows)} judgements failed or were no answer, and are left out")
+            problems.append(f"{name}: {failed} of {len(rows)} {FAILED}")
         found[name] = [
             Preference(key, value, len(own["completion"]) - len(of["completion"]), own.get("category"))
             for (key, _), (own, of), value in zip(common, rows, values, strict=True)
@@ -150,6 +153,8 @@ def read_labels(file: str) -> list[Row]:
                 len(values) != count or not all(one is None or isinstance(one, kind) for one in values)
             ):
                 raise InputError(f"{file}, row {number}: expected `{name}`, one for each of the {count} ranks")
+        if any(one is not None and not 1 <= one <= 7 for one in row.get("ratings") or ()):
+            raise InputError(f"{file}, row {number}: expected `ratings` from 1 to 7, found {row['ratings']}")
     return rows
 
 
@@ -262,6 +267,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"--baseline {args.baseline}: expected one of two or more --completions ({', '.join(files)})")
     if (args.judge is None) == (args.labels is None):
         raise InputError("expected --judge or --labels, one of them")
+    refuse_input(args.output, *files.values(), args.labels)
     models = {name: read_completions(file) for name, file in files.items()}
     more: dict[str, Any] = {}
     if args.labels:
@@ -278,7 +284,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(f"note: {problem}")
     if not any(of["n"] for of in found.values()):
         raise InputError(f"nothing to compare: {'; '.join(problems) or 'no labeler ranked a model and the baseline'}")
-    return {"baseline": args.baseline, "judge": args.judge or args.labels, "models": found, **more, "notes": problems}
+    failed = any(FAILED in problem for problem in problems) or any(not of["n"] for of in found.values())
+    of = {"baseline": args.baseline, "judge": args.judge or args.labels, "models": found, **more}
+    return {**of, "notes": problems, "failed": failed}
 
 
 if __name__ == "__main__":

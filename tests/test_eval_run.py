@@ -115,6 +115,7 @@ def test_the_page_is_one_file_and_escapes(tmp_path):
 
 
 def test_one_model_and_many_rows_can_be_drawn():
+    assert picture(Panel("p", "t", {"costs $\\frac$ or $5": {"$^": [1.0, 0.5, 2.0]}}), ["$^"])  # no formulas
     panel = Panel("p", "t", {f"row {i}": {"a": [float(i), i - 1.0, i + 1.0]} for i in range(30)})
     assert base64.b64decode(picture(panel, ["a"]))[:4] == b"\x89PNG"
     assert markdown({"models": {"a": "x"}, "notes": []}, [panel]).count("\n| row") == 30
@@ -239,8 +240,12 @@ def test_parts_of_an_earlier_call_stay(stage):
     kept = [note for note in after["notes"] if note.endswith("the figures are of an earlier call")]
     assert [note.split(":")[0] for note in kept] == ["truthfulness", "bias"]
     assert any("no column sent_more" in note for note in after["notes"])
-    eval_run.main(flags(stage, models=[f"base={stage / 'base'}"], crows_pairs=[]))
+    make_llama(5, max_position_embeddings=2048).save_pretrained(stage / "base")  # another under the same name
+    eval_run.main(flags(stage, crows_pairs=[]))
     assert "bias" not in json.loads((stage / "out" / "report.json").read_text())["parts"]
+    (stage / "out" / "report.json").write_text("[]")
+    eval_run.main(flags(stage, crows_pairs=[]))
+    assert "toxicity" in json.loads((stage / "out" / "report.json").read_text())["parts"]
 
 
 def test_what_a_scorer_could_not_say_is_noted(stage):
@@ -253,6 +258,34 @@ def test_what_a_scorer_could_not_say_is_noted(stage):
     failed = [note for note in found["notes"] if note.startswith("toxicity")]
     assert failed == ["toxicity, base, basic: 1 of 6 were not judged"]
     assert found["parts"]["toxicity"]["base"]["basic"]["n"] == 5
+
+
+def test_a_judge_that_says_otherwise_or_is_repaired_is_asked_again(stage):
+    """Under the same name: its file is looked at, and what failed in part is not kept."""
+
+    others = dict.fromkeys(("judge", "questions", "truth_judge", "crows_pairs", "data", "text"), [])
+
+    def toxicity() -> dict:
+        eval_run.main(flags(stage, **others))
+        return json.loads((stage / "out" / "report.json").read_text())["parts"]["toxicity"]["base"]["basic"]
+
+    body = (stage / "judge.py").read_text()
+    assert toxicity()["toxicity"][0] == 0.25
+    (stage / "judge.py").write_text(body.replace("return 0.25", "return 0.75"))
+    assert toxicity()["toxicity"][0] == 0.75
+    failing = f"from pathlib import Path\ndef toxic(text):\n    seen = Path({str(stage / 'seen')!r})\n"
+    failing += "    first = not seen.exists()\n    seen.touch()\n    assert not first, 'busy'\n    return 0.5\n"
+    (stage / "judge.py").write_text(body.replace("def toxic(text):\n    return 0.25\n", failing))
+    assert toxicity()["n"] == 5
+    assert toxicity()["n"] == 6  # the file is the same
+
+
+def test_a_judge_that_cannot_be_read_is_named_before_anything_is_sampled(stage):
+    (stage / "judge.py").write_text("def judge(")
+    eval_run.main(flags(stage, questions=[], truth_judge=[], scorer=[], data=[], text=[]))
+    notes = json.loads((stage / "out" / "report.json").read_text())["notes"]
+    assert any(note.startswith("preference: judge 'python:") and "SyntaxError" in note for note in notes)
+    assert not (stage / "out" / "completions").exists()
 
 
 def test_a_scorer_that_always_fails_is_named_and_asked_again(stage):
@@ -278,6 +311,7 @@ def test_one_model_has_no_win_rate_but_all_else(stage):
     [
         ({"models": ["base"]}, "expected NAME=VALUE"),
         ({"models": ["a=x", "a=y"]}, "each name once"),
+        ({"models": ["../a=x", "b=y"]}, "without / and"),
         ({"baseline": ["ppo"]}, "--baseline ppo: expected one of base, sft"),
     ],
 )

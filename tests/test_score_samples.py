@@ -229,3 +229,19 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path):
     for name in ("in.csv", "none.csv"):
         with pytest.raises(SystemExit, match=name):
             score_samples.main([str(tmp_path / name), "--task", "tldr", "--output", str(tmp_path / "o.json")])
+
+
+def test_a_quote_that_stays_open_behind_text_behind_a_closed_one(tmp_path):
+    """Such a file is read leniently, and no row may be swallowed by another."""
+    head = 'model_type,ref_text,sample\nm,r,"a"b\n'
+    (tmp_path / "open.csv").write_text(head + 'm,r,"open\nm,r,x\n')
+    with pytest.raises(SystemExit, match="a quote is not closed"):
+        score_samples.main([str(tmp_path / "open.csv"), "--task", "squadv2", "--output", str(tmp_path / "x.json")])
+    for end in ("m,r,x\n", "m,r,x"):
+        (tmp_path / "closed.csv").write_text(head + end)
+        score_samples.main([str(tmp_path / "closed.csv"), "--task", "squadv2", "--output", str(tmp_path / "x.json")])
+        assert json.loads((tmp_path / "x.json").read_text())["m"]["zeroshot"]["n"] == 2
+    with pytest.raises(SystemExit, match="is one of the files to read"):
+        score_samples.main(
+            [str(tmp_path / "closed.csv"), "--task", "squadv2", "--output", str(tmp_path / "closed.csv")]
+        )

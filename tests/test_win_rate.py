@@ -5,6 +5,7 @@ import math
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
+import judges
 import numpy as np
 import pytest
 import web
@@ -280,3 +281,34 @@ def test_what_cannot_be_compared(tmp_path):
         (tmp_path / "bad.jsonl").write_text(text)
         with pytest.raises(InputError, match=message):
             read_completions(str(tmp_path / "bad.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "said, value",
+    [("A tie", 0.5), ("Answer B", 0.0), ("**a**", 1.0), ("a/b", None), ("A draw", None), ("Answer", None), ("", None)],
+)
+def test_verdicts(said, value):
+    if value is None:
+        with pytest.raises(ValueError, match="is not A, B or tie"):
+            judges._verdict(said)
+    else:
+        assert judges._verdict(said) == value
+
+
+def test_an_output_that_is_read_is_refused(tmp_path):
+    own = write(tmp_path / "a.jsonl", completions("a"))
+    other = write(tmp_path / "b.jsonl", completions("b"))
+    (tmp_path / "j.py").write_text("def judge(prompt, first, second):\n    return 1.0\n")
+    given = [
+        "--completions",
+        f"a={own}",
+        f"b={other}",
+        "--baseline",
+        "a",
+        "--judge",
+        f"python:{tmp_path / 'j.py'}:judge",
+    ]
+    for output, message in ((other, "is one of the files to read"), (str(tmp_path), "is a folder")):
+        with pytest.raises(SystemExit, match=message):
+            win_rate.main([*given, "--output", output])
+    assert (tmp_path / "b.jsonl").read_text() == json.dumps(completions("b")[0]) + "\n"
