@@ -7,7 +7,9 @@ The layers of the package, held by a walk over every import: what is imported, f
 import ast
 import importlib
 import inspect
+import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -201,7 +203,9 @@ def test_third_party_imports_are_declared():
     """A module that is neither Python's own, ours, nor installed with the package would fail on a fresh machine."""
     declared = {"torch", "trl", "transformers", "peft", "accelerate", "datasets", "psutil", "safetensors"}
     brought = {"numpy", "tqdm", "yaml", "huggingface_hub", "tokenizers"}  # required by transformers
-    extras = {"bitsandbytes", "evaluate", "matplotlib", "scipy"}
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = {re.match(r"[\w-]+", one)[0].replace("-", "_") for one in options["quant"] + options["eval"]}
+    extras = named - {"scikit_learn"} | {"sklearn", "urllib3"}  # under its own name; required by requests
     own = {PACKAGE, "recipes", "eval", *(path.stem for path in sources("recipes", "eval"))}
     known = {*sys.stdlib_module_names, *own, *declared, *brought}
     for path in sources(PACKAGE, "recipes", "eval"):

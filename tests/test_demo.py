@@ -7,13 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import critic
+import judge
 import numpy as np
 import pytest
 import torch
 from base import batches, make_model, make_tokenizer, packed_batches, pretrain
 from evaluation import Samples, mean_kl, pretraining_loss, sample, sequence_logprobs, win_rate
+from gold import gold_reward
 from labelers import make_labelers
-from run import QUICK, Settings
+from run import QUICK, STEP, Settings
 from transformers import AutoModelForCausalLM
 from world import make_world
 
@@ -157,7 +160,8 @@ def quick(tmp_path_factory):
 def test_quick_run_writes_the_whole_report(quick):
     folder, printed = quick
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    assert list(report) == ["seed", "seconds", "labelers", "reward_model", "policies"] and report["seed"] == 3
+    assert list(report) == ["seed", "ppo_steps", "seconds", "labelers", "reward_model", "policies"]
+    assert report["seed"] == 3 and report["ppo_steps"] == QUICK.ppo_steps
     stages = ["pretraining", "sft", "rankings", "reward_model", "ppo", "ppo_ptx", "evaluation"]
     assert list(report["seconds"]) == [*stages, "total"]
     assert report["seconds"]["total"] >= sum(report["seconds"][stage] for stage in stages) - 1
@@ -181,6 +185,55 @@ def test_quick_run_writes_a_page_that_needs_no_other_file(quick):
     assert page.count("<img ") == 8 and page.count('src="data:image/png;base64,') == 8
     assert "http" not in page
     assert page.count('<table class="samples">') == 1
+
+
+def test_what_the_critic_buys(quick, monkeypatch, capsys):
+    """The demo's policies have its figures, PPO too when it is trained anew; RLOO and DPO start from its SFT model."""
+    folder = quick[0]
+    settings = {"ppo": [(1e-4, 0.02)], "rloo": [(1e-4, 0.02)], "dpo": [(1e-9, 0.1), (1e-4, 0.1)]}
+    monkeypatch.setattr(critic, "SETTINGS", settings)
+    critic.main(["--demo", str(folder)])
+    rows = json.loads((folder / "critic.json").read_text(encoding="utf-8"))
+    assert [row["policy"] for row in rows] == ["sft", "ppo_ptx", "ppo", "rloo", "dpo", "dpo"]
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))["policies"]
+    for row in rows[:3]:
+        of_demo = report[row["policy"]]
+        assert row["gold_reward"][0] == pytest.approx(of_demo["gold_reward"], abs=1e-6)
+        for figure in ("rm_score", "kl", "pretraining_loss"):
+            assert row[figure] == pytest.approx(of_demo[figure], abs=1e-5)
+    rloo, still, dpo = rows[3:]
+    assert rloo["kl"] > 0.01 < dpo["kl"] and abs(still["kl"]) < 1e-3  # a rate of 1e-9 changes nothing
+    assert [row["chosen"] for row in rows] == [True] * 4 + [
+        row["objective"] >= max(still["objective"], dpo["objective"]) for row in rows[4:]
+    ]
+    assert (folder / "critic.png").read_bytes()[:4] == b"\x89PNG"
+    assert "RLOO" in capsys.readouterr().out
+
+
+def test_pairs_of_the_comparison(quick):
+    """As many completions as PPO samples; the better one by the reward model is chosen."""
+    world = critic.Comparison(quick[0], 3, steps=2)
+    pairs = world.pairs
+    assert len(pairs) == 2 * STEP // 2 and set(pairs["prompt"]) <= set(world.train)
+    better, worse = (np.array(world.rm.score(pairs["prompt"], pairs[name])) for name in ("chosen", "rejected"))
+    assert (better >= worse - 1e-5).all() and (better > worse).any()
+    for row in pairs:
+        together = world.tokenizer(row["prompt"] + row["chosen"])["input_ids"]
+        assert together == world.tokenizer(row["prompt"])["input_ids"] + world.tokenizer(row["chosen"])["input_ids"]
+
+
+def test_the_judge_knows_the_world(monkeypatch):
+    monkeypatch.setenv("DEMO_SEED", "3")
+    judge._tasks.cache_clear()
+    world = make_world(3)
+    row = world.demonstrations(world.splits["train"][:1])[0]
+    prompt, good, bad = row["prompt"], row["completion"], "the"
+    assert judge.gold(prompt, good) == gold_reward(world.tasks[prompt], good) > judge.gold(prompt, bad)
+    preferences = [judge.prefers(prompt, *pair) for pair in ((good, bad), (bad, good), (bad, bad))]
+    assert preferences == [1.0, 0.0, 0.5]
+    with pytest.raises(KeyError):
+        judge.gold("not of this world", good)
+    judge._tasks.cache_clear()
 
 
 def test_the_quick_version_is_smaller_in_everything():

@@ -105,9 +105,14 @@ def win_rate(
             for prompt, ours, theirs in zip(samples.prompts, samples.texts, opponents.texts, strict=True)
         ]
     )
+    return mean_with_interval(wins, seed)
+
+
+def mean_with_interval(values: np.ndarray, seed: int) -> list[float]:
+    """`[mean, low, high]` of the values of the prompts, (N,): their mean and its 95 % bootstrap interval."""
     rng = np.random.default_rng(seed)
-    means = wins[rng.integers(len(wins), size=(2000, len(wins)))].mean(1)
-    return [float(wins.mean()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))]
+    means = values[rng.integers(len(values), size=(2000, len(values)))].mean(1)
+    return [float(values.mean()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))]
 
 
 def mean_gold(tasks: dict[str, Task], samples: Samples) -> float:

@@ -7,6 +7,7 @@ web, demonstrations (SFT), K-way rankings by simulated labelers (reward model), 
 """
 
 import argparse
+import json
 import logging
 import os
 import random
@@ -30,8 +31,8 @@ from datasets import Dataset
 from evaluation import mean_gold, mean_kl, pretraining_loss, sample, win_rate
 from gold import gold_reward
 from labelers import AGREEMENT, accuracy, agreement, make_labelers, rank_all, set_noise
+from page import print_table, write_report
 from progress import Bar, Progress
-from report import print_table, write_report
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from world import World, make_world
 
@@ -41,6 +42,8 @@ from instructgpt_trl.data import InputError, check_output_dir
 BATCH_TOKENS = 1024  # of a pretraining step
 PTX_LENGTH = 64  # tokens of a pretraining example
 MAX_COMPLETION = 48  # tokens; the longest demonstration has 36
+STEP, ROLLOUT = 32, 64  # completions of an optimizer step of PPO, and of a rollout
+BETA = 0.02  # of the KL penalty [InstructGPT E.8: 0.01 to 0.02]
 
 
 class PretrainingLoss(TrainerCallback):
@@ -74,6 +77,39 @@ QUICK = Settings(
 )
 
 
+def common(output_dir: str, seed: int) -> dict[str, Any]:
+    """Arguments that every trainer gets."""
+    return {
+        "output_dir": output_dir,
+        "seed": seed,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 5,
+        "disable_tqdm": True,
+        "use_cpu": True,  # the same numbers everywhere; a GPU is no faster at a million parameters
+        "dataloader_pin_memory": False,
+    }
+
+
+def ppo_config(learning_rate: float, **given: Any) -> PPOConfig:
+    """PPO in this world."""
+    return PPOConfig(
+        **given,
+        learning_rate=learning_rate,
+        value_learning_rate=5e-4,
+        per_device_train_batch_size=STEP,
+        gradient_accumulation_steps=1,
+        steps_per_generation=ROLLOUT // STEP,
+        max_completion_length=MAX_COMPLETION,
+        max_prompt_length=48,
+        beta=BETA,
+        ptx_coef=0.3,
+        ptx_ratio=1,
+        ptx_max_length=PTX_LENGTH,
+        save_completions=False,
+    )
+
+
 class Run:
     """
     One run of the demo: each method is a stage, writes its model to a folder and adds to `results`.
@@ -88,6 +124,7 @@ class Run:
         self.seed, self.dir, self.settings = seed, output_dir, settings
         self.results: dict[str, Any] = {
             "seed": seed,
+            "ppo_steps": settings.ppo_steps,
             "seconds": {},
             "labelers": {},
             "reward_model": {},
@@ -103,19 +140,6 @@ class Run:
     def path(self, name: str) -> str:
         """Folder of a model."""
         return str(self.dir / name)
-
-    def common(self, name: str) -> dict[str, Any]:
-        """Arguments that every trainer gets."""
-        return {
-            "output_dir": self.path(name),
-            "seed": self.seed,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 5,
-            "disable_tqdm": True,
-            "use_cpu": True,  # the same numbers everywhere; a GPU is no faster at a million parameters
-            "dataloader_pin_memory": False,
-        }
 
     def pretrain(self) -> None:
         """The base model, on web text."""
@@ -138,11 +162,12 @@ class Run:
         self.tokenizer = AutoTokenizer.from_pretrained(self.path("base"))
         self.web = Dataset.from_dict({"text": web})
         self.held_out_batches = packed_batches(held_out, self.tokenizer, 8192, PTX_LENGTH)
+        (self.dir / "held_out.txt").write_text("\n".join(held_out) + "\n", encoding="utf-8")
 
     def sft(self) -> None:
         """Supervised fine-tuning on demonstrations."""
         args = SFTConfig(
-            **self.common("sft"),
+            **common(self.path("sft"), self.seed),
             per_device_train_batch_size=16,
             learning_rate=5e-4,
             num_train_epochs=2,
@@ -187,7 +212,7 @@ class Run:
     def reward_model(self) -> None:
         """The reward model, from the SFT model, on the rankings; demonstrations then score 0 on average."""
         args = RewardConfig(
-            **self.common("rm"),
+            **common(self.path("rm"), self.seed),
             per_device_train_batch_size=4,
             learning_rate=5e-4,
             num_train_epochs=1,
@@ -216,22 +241,7 @@ class Run:
 
     def ppo(self, name: str, ptx: bool) -> None:
         """PPO, with pretraining gradients if `ptx`; the same prompts, steps and rates either way."""
-        args = PPOConfig(
-            **self.common(name),
-            per_device_train_batch_size=32,
-            gradient_accumulation_steps=1,
-            steps_per_generation=2,
-            max_completion_length=MAX_COMPLETION,
-            max_prompt_length=48,
-            learning_rate=1e-4,
-            value_learning_rate=5e-4,
-            max_steps=self.settings.ppo_steps,
-            beta=0.02,
-            ptx_coef=0.3,
-            ptx_ratio=1,
-            ptx_max_length=PTX_LENGTH,
-            save_completions=False,
-        )
+        args = ppo_config(1e-4, **common(self.path(name), self.seed), max_steps=self.settings.ppo_steps)
         trainer = PPOTrainer(
             model=self.path("sft"),
             reward_model=self.path("rm"),
@@ -256,6 +266,8 @@ class Run:
         sft = self.load("sft")
         opponents = sample(sft, self.tokenizer, self.test, MAX_COMPLETION, seed=4)
         rows = [{"prompt": prompt, "category": tasks[prompt].use_case} for prompt in self.test]
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (self.dir / "prompts.jsonl").write_text("".join(lines), encoding="utf-8")
         for name in ("base", "sft", "ppo", "ppo_ptx"):
             model = self.load(name)
             samples = sample(model, self.tokenizer, self.test, MAX_COMPLETION, seed=3)

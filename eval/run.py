@@ -1,0 +1,294 @@
+"""
+The paper's questions about one or several policies, in one run: preferred? truthful? toxic? biased? what did it cost?
+
+    python eval/run.py --models base=DIR sft=DIR ppo=DIR --suite quick --output runs/eval --prompts prompts.jsonl \
+        --judge reward_model:DIR --text wikitext.txt --winogender sentences.tsv --crows_pairs crows_pairs.csv
+
+Parts run as far as they are given what they need: preference (`--prompts`, and `--judge` or `--labels`), agreement
+between labelers (`--labels`) and of reward models with them (`--folds`), truthfulness (`--questions`), toxicity
+(`--scorer`), bias (its two files), the alignment tax (`--tasks`, `--data`, `--text`) and overoptimisation (`--run`,
+`--reward_model`). `quick` takes a few rows of each and no examples in front of the public sets, `paper` the paper's
+numbers. A part that fails is named in the report and the others go on; called again, the run does what is not there
+yet, and parts of an earlier call with the same models stay. The report is report.html, report.md and report.json in
+the output folder.
+"""
+
+import argparse
+import hashlib
+import json
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import agreement
+import alignment_tax
+import bias
+import overoptimisation
+import toxicity
+import truthful
+import win_rate
+from files import cached, fingerprint, fingerprint_of, named, said
+from generate import Policy, write_completions
+from language_model import LanguageModel
+from report import write_report
+from tqdm import tqdm
+
+from instructgpt_trl.data import InputError, load_rows
+
+# Rows of each part; None is all there are
+SUITES: dict[str, dict[str, int | None]] = {
+    "quick": {"prompts": 64, "questions": 50, "toxicity": 50, "pairs": 120, "tasks": 100, "checkpoints": 64},
+    "paper": {"prompts": None, "questions": None, "toxicity": 5000, "pairs": None, "tasks": None, "checkpoints": 256},
+}
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", required=True, nargs="+", metavar="NAME=DIR", help="the first is the base")
+    parser.add_argument("--suite", choices=list(SUITES), default="quick")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write to, and to go on in")
+    parser.add_argument("--baseline", help="model that win rates are against; 'sft' if there is one, else the first")
+    parser.add_argument("--prompts", help="rows with `prompt` for the win rates, and `category`")
+    parser.add_argument("--judge", help="who compares, see judges.py")
+    parser.add_argument("--labels", help="rankings by labelers with `models`, instead of a judge")
+    parser.add_argument("--folds", metavar="FLAGS", help="reward.py's flags, for five of the labels by other labelers")
+    parser.add_argument("--questions", help="TruthfulQA: file, or hub id")
+    parser.add_argument("--truth_judge", help="folder, hub id or python:FILE.py:FUNCTION")
+    parser.add_argument("--info_judge", help="the same, for whether an answer is informative")
+    parser.add_argument("--toxicity_prompts", default="allenai/real-toxicity-prompts", help="file or hub id")
+    parser.add_argument("--scorer", help="of toxicity: perspective, classifier:DIR or python:FILE.py:FUNCTION")
+    parser.add_argument("--winogender", type=Path, help="winogender_sentences.tsv")
+    parser.add_argument("--crows_pairs", type=Path, help="crows_pairs_anonymized.csv")
+    parser.add_argument("--tasks", nargs="*", metavar="TASK", help="public sets; those of --data if not given")
+    parser.add_argument("--data", nargs="*", default=[], metavar="TASK=FILE[,FILE]", help="local rows of public sets")
+    parser.add_argument("--text", help="pretraining text: .txt, or rows with `text`")
+    parser.add_argument("--run", help="output folder of ppo_ptx.py with its checkpoints")
+    parser.add_argument("--reward_model", help="the reward model of that run")
+    parser.add_argument("--gold", help="python:FILE.py:FUNCTION that the run is held against; --judge if not given")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens of a completion at most")
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences at a time")
+    return parser.parse_args(argv)
+
+
+class Run:
+    """One call: models, rows, and the folder in which what is finished stands."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.rows, self.folder = args, SUITES[args.suite], args.output
+        self.models = named(args.models, "--models")
+        self.data = alignment_tax.read_data(args.data)
+        self.tasks = args.tasks if args.tasks is not None else list(self.data)
+        unknown = [task for task in self.tasks if task not in alignment_tax.SHOTS]
+        if unknown:
+            raise InputError(f"task '{unknown[0]}': expected one of {', '.join(alignment_tax.SHOTS)}")
+        self.baseline = args.baseline or ("sft" if "sft" in self.models else next(iter(self.models)))
+        if self.baseline not in self.models:
+            raise InputError(f"--baseline {self.baseline}: expected one of {', '.join(self.models)}")
+        self.fingerprints = json.loads(json.dumps({name: fingerprint(path) for name, path in self.models.items()}))
+        self.notes: list[str] = []
+
+    def parts(self) -> dict[str, Any]:
+        """Every part that has what it needs; why another did not run, or failed, is in `notes`."""
+        args = self.args
+        judged, pairs = args.judge or args.labels, args.winogender or args.crows_pairs
+        run = args.run and args.reward_model and args.prompts and (args.gold or args.judge)
+        two = len(self.models) > 1
+        todo: dict[str, tuple[Any, str, Callable[[], Any]]] = {
+            "preference": (
+                two and args.prompts and judged,
+                "two models, --prompts, --judge or --labels",
+                self.preference,
+            ),
+            "agreement": (args.labels, "--labels", self.agreement),
+            "truthfulness": (args.questions, "--questions", self.truthfulness),
+            "toxicity": (args.scorer, "--scorer", self.toxicity),
+            "bias": (pairs, "--winogender or --crows_pairs", self.bias),
+            "alignment tax": (self.tasks or args.text, "--tasks, --data or --text", self.tax),
+            "overoptimisation": (run, "--run, --reward_model, --prompts, --gold or --judge", self.overoptimisation),
+        }
+        found = {}
+        for name, (given, needed, make) in todo.items():
+            if not given:
+                self.notes.append(f"{name}: not run; it takes {needed}")
+            elif (part := self.attempt(name, make)) is not None:
+                found[name] = part
+        return found
+
+    def earlier(self, parts: dict[str, Any]) -> dict[str, Any]:
+        """Parts of the report that is there, of the same models, which this call did not make; they are noted."""
+        try:
+            report = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
+            of_same_models = report["fingerprints"] == self.fingerprints and report["suite"] == self.args.suite
+            kept = {name: part for name, part in report["parts"].items() if of_same_models and name not in parts}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or no report
+            return {}
+        self.notes += [f"{name}: the figures are of an earlier call" for name in kept]
+        return kept
+
+    def attempt(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives; None where it fails, which is noted."""
+        try:
+            return make()
+        except Exception as error:
+            if not isinstance(error, InputError | OSError):
+                traceback.print_exc()
+            self.notes.append(f"{name}: {said(error)}")
+            return None
+
+    def of_each_model(self, name: str, settings: dict[str, Any], make: Callable[[str], Any]) -> dict[str, Any] | None:
+        """By model what `make(path)` gives, or gave in an earlier call with these settings; None without any."""
+        found = {}
+        for model, path in tqdm(self.models.items(), desc=name):
+            own = {**settings, "model": fingerprint(path)}
+            file = self.folder / name / f"{model}.json"
+            made = self.attempt(f"{name}, {model}", partial(cached, file, own, partial(make, path), _complete))
+            if made is not None:
+                found[model] = made
+                self.note_failed(f"{name}, {model}", made.get("figures", made))
+        return found or None
+
+    def note_failed(self, name: str, figures: dict[str, Any]) -> None:
+        for kind, of in figures.items():
+            if isinstance(of, dict) and of.get("failed"):
+                self.notes.append(f"{name}, {kind}: {of['failed']} of {of['failed'] + of['n']} were not judged")
+
+    def preference(self) -> dict[str, Any]:
+        args = self.args
+        if args.judge and not args.labels:
+            win_rate.make_judge(args.judge)  # what is wrong with it is said before hours of sampling
+        rows = list(load_rows(args.prompts, "prompt"))[: self.rows["prompts"]]
+        files = {}
+        for model, path in self.models.items():
+            if file := self.attempt(f"preference, {model}", partial(self.completions, model, path, rows)):
+                files[model] = file
+        if self.baseline not in files or len(files) < 2:
+            raise InputError(
+                f"completions of {', '.join(files) or 'no model'}; needed are {self.baseline}'s and another's"
+            )
+        given = argparse.Namespace(
+            completions=[f"{model}={file}" for model, file in files.items()],
+            baseline=self.baseline,
+            judge=None if args.labels else args.judge,
+            labels=args.labels,
+            output=self.folder / "preference.json",
+        )
+        settings = {"files": [fingerprint(file) for file in files.values()], **vars(given), "output": None}
+        settings["who"] = fingerprint_of(args.labels or args.judge)
+        found = cached(given.output, settings, lambda: win_rate.run(given), lambda found: not found["failed"])
+        self.notes += [f"preference: {note}" for note in found["notes"]]
+        return found
+
+    def agreement(self) -> dict[str, Any]:
+        args = self.args
+        rows = agreement.read_labels(args.labels)
+        found: dict[str, Any] = {"between labelers": agreement.agreement(rows)}
+        if args.folds is not None:
+            flags = shlex.split(args.folds)
+            found["reward model"] = agreement.train_folds(rows, self.folder / "folds", 5, 0, flags)
+        return found
+
+    def completions(self, model: str, path: str, rows: list[dict[str, Any]]) -> Path:
+        """The file of a model's completions; other settings have other files."""
+        settings = {"model": fingerprint(path), "rows": rows, "tokens": self.args.max_new_tokens}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+        file = self.folder / "completions" / f"{model}_{digest}.jsonl"
+        if not file.exists():
+            policy = Policy(path, self.args.batch_size, self.args.max_new_tokens)
+            write_completions(rows, file, {"digest": digest}, policy)
+        return file
+
+    def truthfulness(self) -> dict[str, Any] | None:
+        args = self.args
+        questions = truthful.read_questions(args.questions)[: self.rows["questions"]]
+        judges = {"True": args.truth_judge, "Helpful": args.info_judge}
+        judges = {word: truthful.make_judge(name, word) for word, name in judges.items() if name}
+        if "True" not in judges:
+            self.notes.append("truthfulness: answers without figures; they take --truth_judge and --info_judge")
+
+        def measure(path: str) -> dict[str, Any]:
+            policy = Policy(path, args.batch_size, 64, cut_at_newline=True)
+            return truthful.measure(policy.complete, judges, questions)
+
+        settings = {
+            "questions": questions,
+            "judges": [fingerprint_of(args.truth_judge), fingerprint_of(args.info_judge)],
+        }
+        return self.of_each_model("truthfulness", settings, measure)
+
+    def toxicity(self) -> dict[str, Any] | None:
+        args = self.args
+        score = toxicity.make_scorer(args.scorer, keep=self.folder / "toxicity" / "scores.jsonl")
+        prompts = toxicity.read_prompts(args.toxicity_prompts)[: self.rows["toxicity"]]
+
+        def measure(path: str) -> dict[str, Any]:
+            policy = Policy(path, args.batch_size, 64, cut_at_newline=True)
+            return toxicity.measure(policy.complete, score, prompts, samples=1)
+
+        return self.of_each_model("toxicity", {"prompts": prompts, "scorer": fingerprint_of(args.scorer)}, measure)
+
+    def bias(self) -> dict[str, Any] | None:
+        args = self.args
+        files = {"winogender": (args.winogender, bias.read_winogender)}
+        files |= {"crows_pairs": (args.crows_pairs, bias.read_crows_pairs)}
+        pairs = {name: read(file)[: self.rows["pairs"]] for name, (file, read) in files.items() if file}
+
+        def measure(path: str) -> dict[str, Any]:
+            lm = LanguageModel(path, args.batch_size, dtype="auto")
+            return {name: bias.measure(lm, of, stereotypes=name == "crows_pairs") for name, of in pairs.items()}
+
+        return self.of_each_model("bias", {"pairs": pairs}, measure)
+
+    def tax(self) -> dict[str, Any] | None:
+        args = self.args
+        todo = alignment_tax.plan(self.tasks, args.suite == "paper", args.text)
+        folder, limit = self.folder / "alignment_tax", self.rows["tasks"]
+        found = alignment_tax.measure(self.models, todo, folder, limit, self.data, args.text, args.batch_size)
+        self.notes += [f"alignment tax: {note}" for note in found["notes"]]
+        return found if found["tasks"] else None
+
+    def overoptimisation(self) -> dict[str, Any]:
+        args = self.args
+        given = argparse.Namespace(
+            run=args.run,
+            start=self.models[self.baseline],
+            reward_model=args.reward_model,
+            prompts=args.prompts,
+            judge=None if args.gold else args.judge,
+            gold=args.gold,
+            best_of=[1, 2, 4, 8] if args.suite == "quick" else [1, 2, 4, 8, 16, 32],
+            limit=self.rows["checkpoints"],
+            max_new_tokens=args.max_new_tokens,
+            batch_size=args.batch_size,
+            seed=0,
+        )
+        return overoptimisation.measure(given, self.folder / "overoptimisation.rows")
+
+
+def _complete(found: dict[str, Any]) -> bool:
+    return not any(isinstance(of, dict) and of.get("failed") for of in found.get("figures", found).values())
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    try:
+        run = Run(args)
+        parts = run.parts()
+        if parts:  # else an earlier report stays
+            parts = {**run.earlier(parts), **parts}
+            found = {"models": run.models, "suite": args.suite, "parts": parts, "notes": run.notes}
+            write_report(args.output, {**found, "fingerprints": run.fingerprints})
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")
+    for note in run.notes:
+        print(f"note: {note}")
+    if not parts:
+        sys.exit("error: no part ran; see the notes above")
+    print(f"report: {args.output / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()
