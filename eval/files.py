@@ -69,7 +69,7 @@ def fingerprint(path: str | Path) -> Any:
 
 def fingerprint_of(name: str | None) -> Any:
     """Of a judge or scorer, KIND:PATH or PATH, its name and what its file or folder holds."""
-    return [name, *(fingerprint(part) for part in (name or "").split(":") if Path(part).exists())]
+    return [name, *(fingerprint(part) for part in (name or "").split(":") if part and Path(part).exists())]
 
 
 def cached(

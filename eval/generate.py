@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
             "seed",
         )
         settings = {name: getattr(args, name) for name in names} | {"rows": len(rows)}
-        settings["weights"] = json.loads(json.dumps(fingerprint(args.model)))
+        settings["weights"] = fingerprint(args.model)
         own = ("batch_size", "max_new_tokens", "temperature", "cut_at_newline", "seed")
         policy = Policy(args.model, **{name: getattr(args, name) for name in own})
         write_completions(rows, args.output, settings, policy)

@@ -88,7 +88,7 @@ class Run:
         self.baseline = args.baseline or ("sft" if "sft" in self.models else next(iter(self.models)))
         if self.baseline not in self.models:
             raise InputError(f"--baseline {self.baseline}: expected one of {', '.join(self.models)}")
-        self.fingerprints = json.loads(json.dumps({name: fingerprint(path) for name, path in self.models.items()}))
+        self.fingerprints = {name: fingerprint(path) for name, path in self.models.items()}
         self.notes: list[str] = []
 
     def parts(self) -> dict[str, Any]:
@@ -148,13 +148,11 @@ class Run:
             made = self.attempt(f"{name}, {model}", partial(cached, file, own, partial(make, path), _complete))
             if made is not None:
                 found[model] = made
-                self.note_failed(f"{name}, {model}", made.get("figures", made))
+                self.notes += [
+                    f"{name}, {model}, {kind}: {of['failed']} of {of['failed'] + of['n']} were not judged"
+                    for kind, of in _failures(made).items()
+                ]
         return found or None
-
-    def note_failed(self, name: str, figures: dict[str, Any]) -> None:
-        for kind, of in figures.items():
-            if isinstance(of, dict) and of.get("failed"):
-                self.notes.append(f"{name}, {kind}: {of['failed']} of {of['failed'] + of['n']} were not judged")
 
     def preference(self) -> dict[str, Any]:
         args = self.args
@@ -268,8 +266,14 @@ class Run:
         return overoptimisation.measure(given, self.folder / "overoptimisation.rows")
 
 
+def _failures(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The figures by prompt or prefix of which some could not be judged."""
+    figures = found.get("figures", found)
+    return {kind: of for kind, of in figures.items() if isinstance(of, dict) and of.get("failed")}
+
+
 def _complete(found: dict[str, Any]) -> bool:
-    return not any(isinstance(of, dict) and of.get("failed") for of in found.get("figures", found).values())
+    return not _failures(found)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,6 +7,7 @@ import generate
 import pytest
 import torch
 from conftest import make_llama
+from files import fingerprint_of
 from generate import Policy
 
 from instructgpt_trl.data import encode_prompt
@@ -177,3 +178,14 @@ def test_nothing_is_overwritten_or_mixed(run, tmp_path):
         run("prompts2.jsonl")
     with pytest.raises(SystemExit, match="nothing.jsonl"):
         generate.main(["--model", "x", "--prompts", str(tmp_path / "nothing.jsonl"), "--output", str(tmp_path / "o")])
+
+
+def test_what_a_judge_depends_on(tmp_path, monkeypatch):
+    """Its file; of no judge nothing, not the folder that one happens to be in."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "judge.py").write_text("a")
+    before, none = fingerprint_of("python:judge.py:f"), fingerprint_of(None)
+    assert none == [None] and fingerprint_of("openai:m@http://x") == ["openai:m@http://x"]
+    (tmp_path / "judge.py").write_text("ab")
+    assert fingerprint_of("python:judge.py:f") != before and fingerprint_of(None) == none
+    assert json.loads(json.dumps(before)) == before
