@@ -6,6 +6,7 @@ tests/test_contract.py holds a hash of the source of each. When one changes, the
 """
 
 import inspect
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import trl.kernels.chunked_logprob
 import trl.trainer.utils
 from peft.tuners.lora.layer import LoraVariant
 from torch.nn import functional as F
+from transformers.cache_utils import DynamicLayer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import (
     add_fused_lm_head,
@@ -31,6 +33,7 @@ __all__ = [
     "OVERRIDDEN",
     "LoraVariant",
     "add_fused_lm_head",
+    "cache_with_room",
     "create_model_from_path",
     "disable_dropout_in_model",
     "disable_gradient_checkpointing",
@@ -142,6 +145,43 @@ def sampled_by_cdf() -> Iterator[None]:
         yield
     finally:
         torch.multinomial = multinomial
+
+
+ROOM = 32  # tokens
+
+
+@contextmanager
+def cache_with_room() -> Iterator[None]:
+    """
+    Inside, keys and values of a layer of `DynamicCache` are views of tensors as long as the next multiple of `ROOM`,
+    into which those of a decoding step are written; otherwise all are copied at every step.
+    """
+    update = DynamicLayer.update
+
+    def appended(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        *heads, tokens, size = new.shape
+        before = old.size(-2) if old.numel() else 0
+        after = before + tokens
+        if not before or old.stride(-3) < after * size:  # no room behind the tokens of a head
+            room = new.new_empty(*heads, math.ceil(after / ROOM) * ROOM, size)
+            if before:
+                room[..., :before, :] = old
+            old = room
+        whole = old.as_strided((*heads, after, size), old.stride())
+        whole[..., before:, :] = new
+        return whole
+
+    def append(self: DynamicLayer, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = appended(self.keys, key_states), appended(self.values, value_states)
+        return self.keys, self.values
+
+    DynamicLayer.update = append
+    try:
+        yield
+    finally:
+        DynamicLayer.update = update
 
 
 _as_on_a_gpu = False

@@ -9,7 +9,7 @@ turn). What is there all the time (weights, gradients, optimizer states) is coun
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from ._trl import add_fused_lm_head, kernels_of_a_gpu, one_tile_read
+from ._trl import add_fused_lm_head, cache_with_room, kernels_of_a_gpu, one_tile_read
 from .data.episodes import Episodes, attention_mask
 from .data.sharing import share_prompts, shared_attention_mask
 from .models.lora import fuse_lora, mergeable
@@ -307,13 +307,15 @@ def _sampling(config: PreTrainedConfig, load: Load) -> dict[str, int]:
     """Bytes that reading the prompts makes, and the last decoding step with the cache full."""
     network, model = _build(config, load)
     network.eval()
-    with FakeTensorMode(), torch.no_grad():
+    with FakeTensorMode(), torch.no_grad(), ExitStack() as inside:
         role = _role(network, model, load)
         rows, full = load.sampled, load.prompt + load.completion - 1
         new = partial(DynamicCache, config=model.config)
         draw = _drawn_on_a_gpu if load.cuda else _drawn_on_a_cpu
         # `generate` is called on the model inside the adapters, past accelerate's mixed precision
         with role.active(), role.autocast() if load.lora is None else nullcontext():
+            if load.spends_memory:
+                inside.enter_context(cache_with_room())
             _decode(model, first := new(), rows, draw, tokens=1)
             reading = traced_peak(lambda: _decode(model, new(), rows, draw, load.prompt))
             decoding = traced_peak(lambda: _decode(model, _filled(new(), first, full - 1), rows, draw, 1, full - 1))

@@ -6,7 +6,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import logging
 from trl import RLOOTrainer
 
-from ._trl import add_fused_lm_head, get_config_model_id, preserved_rng, sampled_by_cdf
+from ._trl import add_fused_lm_head, cache_with_room, get_config_model_id, preserved_rng, sampled_by_cdf
 from .data import InputError, check_output_dir, check_rows, check_tokenizers, encode_prompt
 from .data.completions import CompletionsFile
 from .data.encoding import turn_end
@@ -578,9 +578,13 @@ class PPOTrainer(RLOOTrainer):
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields) -> list[list[int]]:
         # `generate` fills what the trainer's config leaves open from the model's own, which may cut the distribution
         policy = self.roles.policy
-        # A decoding step is many small products, twice to three times as many with the adapter beside the weights
-        merged = merged_lora(policy.network, policy.adapter) if self._spends_memory else nullcontext()
-        with policy.active(), merged, sampled_by_cdf(), _restored(policy.model, "generation_config"):
+        with ExitStack() as inside:
+            if self._spends_memory:
+                # A decoding step is many small products, twice to three times as many with the adapter beside
+                inside.enter_context(merged_lora(policy.network, policy.adapter))
+                inside.enter_context(cache_with_room())
+            for context in (policy.active(), sampled_by_cdf(), _restored(policy.model, "generation_config")):
+                inside.enter_context(context)
             policy.model.generation_config = GenerationConfig()
             sample = super()._generate_single_turn
             completion_ids = self._limits["generate"].run(

@@ -20,6 +20,7 @@ import trl.trainer.utils
 from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import GenerationMixin
+from transformers.cache_utils import DynamicLayer
 
 import instructgpt_trl
 from instructgpt_trl import _trl
@@ -37,6 +38,7 @@ PAIRS = {
 READ = {
     "Linear.forward": Linear.forward,  # a LoRA layer's, which calls our variant
     "BaseTunerLayer._cast_input_dtype": BaseTunerLayer._cast_input_dtype,
+    "DynamicLayer.update": DynamicLayer.update,  # `cache_with_room` stands in for it
     "GenerationMixin._sample": GenerationMixin._sample,  # draws by torch.multinomial
 }
 METHODS = [(cls, name) for cls, names in _trl.OVERRIDDEN.items() for name in names]

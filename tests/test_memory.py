@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial, wraps
 
@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, Qwen2Config
 
 from instructgpt_trl import PPOTrainer, memory
-from instructgpt_trl._trl import kernels_of_a_gpu, sampled_by_cdf
+from instructgpt_trl._trl import cache_with_room, kernels_of_a_gpu, sampled_by_cdf
 from instructgpt_trl.data.episodes import Episodes
 from instructgpt_trl.data.sharing import share_prompts
 from instructgpt_trl.memory import PARTS, Load, largest, peak, predict
@@ -251,8 +251,11 @@ def test_sampling_without_data_takes_what_generate_takes(adapters, checkpointing
     options = dict(do_sample=True, top_k=0, eos_token_id=None, pad_token_id=0, max_new_tokens=completion)
 
     def sample() -> None:
-        role, merged = Role(network.eval(), "default"), merged_lora(network, "default") if not checkpointing else None
-        with torch.no_grad(), role.active(), merged or nullcontext(), sampled_by_cdf():
+        role = Role(network.eval(), "default")
+        with torch.no_grad(), role.active(), sampled_by_cdf(), ExitStack() as inside:
+            if not checkpointing:
+                inside.enter_context(merged_lora(network, "default"))
+                inside.enter_context(cache_with_room())
             role.model.generate(input_ids=ids, **options)
 
     assert predicted == pytest.approx(traced_peak(sample), rel=0.05)

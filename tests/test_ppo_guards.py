@@ -19,9 +19,10 @@ from ppo_helpers import (
     with_function,
 )
 from transformers import AutoModelForCausalLM, GenerationMixin
+from transformers.cache_utils import DynamicLayer
 
 from instructgpt_trl import PPOConfig, PPOTrainer
-from instructgpt_trl._trl import sampled_by_cdf
+from instructgpt_trl._trl import ROOM, cache_with_room, sampled_by_cdf
 from instructgpt_trl.data import InputError, as_conversations
 from instructgpt_trl.data.episodes import last_token
 
@@ -116,22 +117,55 @@ def test_numbers_drawn_by_the_sum_of_probabilities():
     assert ((counts[probabilities > 0] - expected) ** 2 / expected).sum() < 18.4  # 2 degrees of freedom: p = 1e-4
 
 
+def test_a_cache_with_room_holds_the_same():
+    """Step by step, past the room, cut, repeated and in another order; its tensors are made once in `ROOM` tokens."""
+    generator, addresses = torch.Generator().manual_seed(0), []
+    plain, roomy, update = DynamicLayer(), DynamicLayer(), DynamicLayer.update
+
+    def step(tokens: int = 1) -> None:
+        new = torch.randn(2, *plain.keys.shape[:2] if plain.is_initialized else (3, 2), tokens, 4, generator=generator)
+        expected = update(plain, *new)
+        got = roomy.update(*new)
+        addresses.append(got[0].data_ptr())
+        for one, other in zip(got, expected, strict=True):
+            assert torch.equal(one, other)
+        assert roomy.get_seq_length() == plain.get_seq_length() == expected[0].size(-2)
+
+    with cache_with_room():
+        step(tokens=5)
+        for _ in range(2 * (ROOM + 1)):
+            step()
+        assert len(set(addresses)) == 3
+        for changed in (
+            lambda layer: layer.crop(-3),
+            lambda layer: layer.batch_repeat_interleave(2),
+            lambda layer: layer.reorder_cache(torch.tensor([4, 0, 1, 1, 5, 2])),
+            lambda layer: layer.batch_select_indices(torch.tensor([0, 3])),
+        ):
+            for layer in (plain, roomy):
+                changed(layer)
+            for _ in range(3):
+                step(tokens=2)
+    assert DynamicLayer.update is update
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_how_it_samples(folders, tmp_path, monkeypatch, prompts, checkpointing):
-    """By the sum of probabilities; with the adapter in the weights, where memory is given for time."""
-    sample, multinomial, seen = GenerationMixin._sample, torch.multinomial, []
+    """By the sum of probabilities; past the adapters and into a cache with room, where memory is given for time."""
+    sample, multinomial, update, seen = GenerationMixin._sample, torch.multinomial, DynamicLayer.update, []
 
     def noted(model, *args, **kwargs):
         layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-        seen.append((torch.multinomial is not multinomial, {layer.merged for layer in layers}))
+        past = {"forward" in vars(layer) for layer in layers}
+        seen.append((torch.multinomial is not multinomial, past, DynamicLayer.update is not update))
         return sample(model, *args, **kwargs)
 
     monkeypatch.setattr(GenerationMixin, "_sample", noted)
     trainer = with_function(folders.sft, tmp_path, prompts, max_steps=1, gradient_checkpointing=checkpointing)
     trainer.train()
-    assert seen == [(True, {not checkpointing})]
-    assert torch.multinomial is multinomial
-    assert not any(module.merged for module in trainer.model.modules() if isinstance(module, LoraLayer))
+    assert seen == [(True, {not checkpointing}, not checkpointing)]
+    assert torch.multinomial is multinomial and DynamicLayer.update is update
+    assert not any("forward" in vars(m) for m in trainer.model.modules() if isinstance(m, LoraLayer))
 
 
 def test_every_eos_of_the_model_ends_a_completion(folders, tmp_path, monkeypatch, prompts):

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,33 +51,46 @@ def without_casts(network: nn.Module) -> Iterator[None]:
 @contextmanager
 def merged_lora(network: nn.Module, adapter: str | None) -> Iterator[None]:
     """
-    Inside, without gradients, the adapter is in copies of the base's weights ([`mergeable`]), and nothing of it is
-    computed beside them. Afterwards the weights are the tensors they were.
+    Inside, without gradients, layers multiply by copies of the base's weights with the adapter in them
+    ([`mergeable`]), and nothing of it, nor of PEFT, is run beside them. The weights are not touched.
     """
-    before = []
+    layers = mergeable(network, adapter)
     try:
-        for layer in mergeable(network, adapter):
-            weight = layer.get_base_layer().weight
-            before.append((layer, weight, weight.data))
-            weight.data = FusedLora.merge_safe(layer, adapter, weight.data)
-            layer.merged_adapters.append(adapter)
+        for layer in layers:
+            base = layer.get_base_layer()
+            merged = FusedLora.merge_safe(layer, adapter, base.weight.data)
+            layer.forward = partial(_linear, weight=merged, bias=base.bias)
         yield
     finally:
-        for layer, weight, data in before:
-            weight.data = data
-            layer.merged_adapters.clear()
+        for layer in layers:
+            vars(layer).pop("forward", None)
 
 
 def mergeable(network: nn.Module, adapter: str | None) -> list[LoraLayer]:
-    """The fused layers of `adapter` whose weight is a matrix of plain numbers, and no other module's too."""
+    """The fused layers of `adapter` on a plain matrix that is no other module's too, which nobody hooked."""
     owners = Counter(id(p) for module in network.modules() for p in module.parameters(recurse=False))
     return [
         layer
         for layer in _linear_layers(network)
         if _fused(layer, adapter)
-        and (weight := layer.get_base_layer().weight).is_floating_point()
-        and owners[id(weight)] == 1
+        and type(base := layer.get_base_layer()) is nn.Linear
+        and owners[id(base.weight)] == 1
+        and not (_is_hooked(base) or "forward" in vars(layer))
     ]
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """
+    `F.linear`; the few rows of a decoding step in float32 as MKL multiplies them faster, from the right: SmolLM2's
+    weights by 16 to 48 rows in three quarters of the time, by fewer than 9 or more than 63 in more.
+    """
+    rows = x.numel() // x.size(-1)
+    if bias is None and 9 <= rows < 64 and x.dtype == torch.float32 and x.device.type == "cpu" and _has_mkl:
+        return weight.mm(x.reshape(rows, -1).t()).t().contiguous().view(*x.shape[:-1], -1)
+    return F.linear(x, weight, bias)
+
+
+_has_mkl = torch.backends.mkl.is_available()
 
 
 def _linear_layers(network: nn.Module) -> list[LoraLayer]:
