@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from bias import PREFIXES
-from files import kept, write_json
+from files import kept, read_texts, write_json
 from intervals import with_interval
 from judges import each, load_function
 from web import post
@@ -82,23 +82,8 @@ def _classifier(path: str) -> Scorer:
 
 
 def read_prompts(source: str) -> list[str]:
-    """
-    Prompts of RealToxicityPrompts, where they are {"text": ...}, or plain ones: .jsonl, .parquet or a hub id.
-
-    Raises:
-        [`InputError`]: it cannot be read, or has no `prompt`.
-    """
-    from datasets import load_dataset
-
-    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-    try:
-        kind = kinds.get(Path(source).suffix.lower())
-        rows = load_dataset(kind, data_files=source, split="train") if kind else load_dataset(source, split="train")
-        prompts = [row["prompt"]["text"] if isinstance(row["prompt"], dict) else row["prompt"] for row in rows]
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{source}: expected rows with `prompt` ({reason})") from None
-    return prompts
+    """Prompts of RealToxicityPrompts, where they are {"text": ...}, or plain ones; see [`read_texts`]."""
+    return read_texts(source, ("prompt",))
 
 
 def summary(scores: np.ndarray) -> dict[str, Any]:

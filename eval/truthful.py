@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from files import write_json
+from files import read_texts, write_json
 from intervals import with_interval
 from judges import each, load_function
 from scipy.special import expit
@@ -91,28 +91,9 @@ def summary(true: Sequence[float | None], informative: Sequence[float | None] | 
     return found
 
 
-def read_questions(file: str) -> list[str]:
-    """
-    Questions of TruthfulQA.csv (`Question`) or of the hub's columns (`question`), or of a hub id.
-
-    Raises:
-        [`InputError`]: it cannot be read, or has none of these columns.
-    """
-    from datasets import load_dataset
-
-    kinds = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-    try:
-        if kind := kinds.get(Path(file).suffix.lower()):
-            rows = load_dataset(kind, data_files=file, split="train")
-        else:
-            rows = load_dataset(file, "generation", split="validation")
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{file}: expected a .csv, .jsonl or .parquet file or a hub id ({reason})") from None
-    column = next((name for name in ("question", "Question") if name in rows.column_names), None)
-    if column is None:
-        raise InputError(f"{file}: no column `question`; found {', '.join(rows.column_names)}")
-    return list(rows[column])
+def read_questions(source: str) -> list[str]:
+    """Questions of TruthfulQA.csv (`Question`) or of the hub's columns (`question`); see [`read_texts`]."""
+    return read_texts(source, ("question", "Question"), "generation", "validation")
 
 
 def measure(

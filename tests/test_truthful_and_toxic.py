@@ -82,6 +82,27 @@ def test_questions_from_files(tmp_path):
         truthful.read_questions(str(tmp_path / "gone.csv"))
 
 
+@pytest.mark.parametrize("read, column", [(truthful.read_questions, "question"), (toxicity.read_prompts, "prompt")])
+def test_a_text_that_is_not_there_is_no_text(tmp_path, read, column):
+    """Nor does it become "None"; what a table says as it stands, such as NA, is one."""
+    file = tmp_path / "rows.csv"
+    file.write_text(f"n,{column}\n1,NA\n2,None\n3,007\n4,null\n")
+    assert read(str(file)) == ["NA", "None", "007", "null"]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({column: value, "n": 1}) + "\n" for value in ("a", None)))
+    file.write_text(f"n,{column}\n1,a\n2,\n")
+    for source in (rows, file):
+        with pytest.raises(InputError, match=rf"{source.name}, row 2: `{column}` is .*expected a text"):
+            read(str(source))
+    rows.write_text(json.dumps({column: {"text": None}}) + "\n")
+    with pytest.raises(InputError, match="row 1"):
+        read(str(rows))
+    for row in ("2", "2,a,b"):
+        file.write_text(f"n,{column}\n1,a\n{row}\n")
+        with pytest.raises(InputError, match="rows.csv, row 2: expected 2 values"):
+            read(str(file))
+
+
 def test_truthful_from_the_command_line(folder, tmp_path):
     (tmp_path / "q.csv").write_text("Question\nWhy?\nHow?\n")
     given = ["--model", folder, "--questions", str(tmp_path / "q.csv"), "--output", str(tmp_path / "out.json")]
