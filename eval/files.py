@@ -1,10 +1,12 @@
 """Files that are there whole or not at all."""
 
+import argparse
 import csv
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -39,6 +41,29 @@ def named(given: Sequence[str], flag: str) -> dict[str, str]:
     if len(found) < len(given) or not all(found.values()) or "" in found or any({*name} & {*"/\\"} for name in found):
         raise InputError(f"{flag} {' '.join(given)}: expected NAME=VALUE, each name once and without / and \\")
     return found
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number, 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, found '{text}'")
+    return int(text)
+
+
+@contextmanager
+def loading(path: str) -> Iterator[None]:
+    """
+    Raises:
+        [`InputError`]: what is loaded inside, from this folder or hub id, is no model or none that fits.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # transformers', safetensors' and torch's, of many kinds
+        raise InputError(
+            f"{path}: cannot be loaded ({said(error)}); expected the folder of a model or a hub id"
+        ) from None
 
 
 def said(error: Exception) -> str:

@@ -16,7 +16,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from files import kept, said
+from files import kept, loading, said
 from tqdm import tqdm
 from web import post
 
@@ -86,7 +86,8 @@ def reward_score(path: str) -> Callable[[Sequence[Any], Sequence[str]], list[flo
 
     from instructgpt_trl import RewardModel
 
-    return RewardModel.from_pretrained(path, device_map=PartialState().default_device).score
+    with loading(path):
+        return RewardModel.from_pretrained(path, device_map=PartialState().default_device).score
 
 
 def _reward_model(path: str) -> Judge:

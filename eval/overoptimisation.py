@@ -23,7 +23,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from files import cached, fingerprint, key_of, write_json
+from files import cached, fingerprint, key_of, positive, refuse_input, write_json
 from generate import Policy
 from intervals import with_interval
 from judges import Comparison, each, load_function, make_judge, reward_score
@@ -189,15 +189,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts", required=True, help="rows with `prompt`, not those of the training")
     parser.add_argument("--judge", help="who compares with the start's completions, see judges.py")
     parser.add_argument("--gold", help="python:FILE.py:FUNCTION of (prompt, completion), instead of a judge")
-    parser.add_argument("--best_of", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--limit", type=int, default=256, help="prompts at most")
-    parser.add_argument("--max_new_tokens", type=int, default=256)
-    parser.add_argument("--batch_size", type=int, default=16, help="completions at a time")
+    parser.add_argument("--best_of", type=positive, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--limit", type=positive, default=256, help="prompts at most")
+    parser.add_argument("--max_new_tokens", type=positive, default=256)
+    parser.add_argument("--batch_size", type=positive, default=16, help="completions at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
     parser.add_argument("--png", type=Path, help="picture; the output's name with .png if not given")
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write; completions beside it")
     args = parser.parse_args(argv)
     try:
+        refuse_input(args.output, args.prompts)
         found = measure(args, args.output.with_suffix(".rows"))
         write_json(found, args.output)
         draw(found, args.png or args.output.with_suffix(".png"))

@@ -31,7 +31,7 @@ import overoptimisation
 import toxicity
 import truthful
 import win_rate
-from files import cached, fingerprint, fingerprint_of, named, said
+from files import cached, fingerprint, fingerprint_of, named, positive, said
 from generate import Policy, write_completions
 from language_model import LanguageModel
 from report import write_report
@@ -69,8 +69,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--run", help="output folder of ppo_ptx.py with its checkpoints")
     parser.add_argument("--reward_model", help="the reward model of that run")
     parser.add_argument("--gold", help="python:FILE.py:FUNCTION that the run is held against; --judge if not given")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens of a completion at most")
-    parser.add_argument("--batch_size", type=int, default=8, help="sequences at a time")
+    parser.add_argument("--max_new_tokens", type=positive, default=128, help="tokens of a completion at most")
+    parser.add_argument("--batch_size", type=positive, default=8, help="sequences at a time")
     return parser.parse_args(argv)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from bias import PREFIXES
-from files import kept, read_texts, write_json
+from files import kept, loading, positive, read_texts, refuse_input, write_json
 from intervals import with_interval
 from judges import each, load_function
 from web import post
@@ -66,7 +66,8 @@ def _perspective(text: str, key: str) -> float:
 def _classifier(path: str) -> Scorer:
     from transformers import pipeline
 
-    classify = pipeline("text-classification", path, top_k=None)
+    with loading(path):
+        classify = pipeline("text-classification", path, top_k=None)
     known = list(classify.model.config.id2label.values())
     labels = [label for label in known if label.lower() in ("toxic", "toxicity")]
     if not labels:
@@ -115,14 +116,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a policy, or hub id")
     parser.add_argument("--prompts", default="allenai/real-toxicity-prompts", help="file or hub id with `prompt`")
-    parser.add_argument("--limit", type=int, default=5000, help="prompts at most; the paper has 5,000")
+    parser.add_argument("--limit", type=positive, default=5000, help="prompts at most; the paper has 5,000")
     parser.add_argument("--scorer", required=True, help="perspective, classifier:DIR or python:FILE.py:FUNCTION")
-    parser.add_argument("--samples", type=int, default=1, help="continuations a prompt")
-    parser.add_argument("--max_new_tokens", type=int, default=64)
-    parser.add_argument("--batch_size", type=int, default=16, help="continuations at a time")
+    parser.add_argument("--samples", type=positive, default=1, help="continuations a prompt")
+    parser.add_argument("--max_new_tokens", type=positive, default=64)
+    parser.add_argument("--batch_size", type=positive, default=16, help="continuations at a time")
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write")
     args = parser.parse_args(argv)
     try:
+        refuse_input(args.output, args.prompts)
         score = make_scorer(args.scorer, keep=args.output.with_suffix(".scores.jsonl"))
         prompts = read_prompts(args.prompts)[: args.limit]
         from generate import Policy

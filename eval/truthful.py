@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from files import read_texts, write_json
+from files import positive, read_texts, refuse_input, write_json
 from intervals import with_interval
 from judges import each, load_function
 from scipy.special import expit
@@ -114,13 +114,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a policy, or hub id")
     parser.add_argument("--questions", default="truthfulqa/truthful_qa", help="file or hub id with `question`")
-    parser.add_argument("--limit", type=int, help="questions at most")
+    parser.add_argument("--limit", type=positive, help="questions at most")
     parser.add_argument("--truth_judge", help="folder, hub id or python:FILE.py:FUNCTION")
     parser.add_argument("--info_judge", help="the same, for whether an answer is informative")
-    parser.add_argument("--batch_size", type=int, default=8, help="answers at a time")
+    parser.add_argument("--batch_size", type=positive, default=8, help="answers at a time")
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write")
     args = parser.parse_args(argv)
     try:
+        refuse_input(args.output, args.questions)
         questions = read_questions(args.questions)[: args.limit]
         judges = {
             word: make_judge(name, word)

@@ -159,6 +159,12 @@ def test_a_gold_that_fails_on_some_leaves_the_others(stage, monkeypatch):
         run(stage, "--gold", f"python:{stage / 'gold.py'}:never")
 
 
+def test_best_of_none_is_refused(stage, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(stage, "--gold", "x", "--best_of", "0")
+    assert "argument --best_of: expected a whole number, 1 or more, found '0'" in capsys.readouterr().err
+
+
 def test_what_is_missing_is_named(stage, monkeypatch):
     monkeypatch.setattr(overoptimisation, "reward_score", length)
     with pytest.raises(SystemExit, match="expected --gold or --judge"):

@@ -224,6 +224,21 @@ def test_bad_files(tmp_path, text, task, message):
     assert output.read_text() == "before" and sorted(p.name for p in tmp_path.iterdir()) == ["in.csv", "scores.json"]
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("task,metric,prompt,m\ndrop,f1,p,1,2\n", "table.csv, row 1: expected 4 values"),
+        ("task,metric,m\ndrop,f1,1\n", "table.csv: no column prompt; found task"),
+        ("task,metric,prompt,m\ndrop,f1,p,high\n", "table.csv: expected numbers.*'high'"),
+    ],
+)
+def test_published_figures_that_cannot_be_read(tmp_path, text, message):
+    (tmp_path / "table.csv").write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        rows = [{"model_type": "m", "ref_text": "a", "sample": "a"}]
+        run(tmp_path, rows, "drop", "--published", str(tmp_path / "table.csv"))
+
+
 def test_a_file_that_is_not_there_or_not_text(tmp_path):
     (tmp_path / "in.csv").write_bytes(b"model_type,sample,ref_text\nm,\xff\xfe,r\n")
     for name in ("in.csv", "none.csv"):

@@ -190,6 +190,14 @@ def test_scorers_that_are_not_there(name):
         toxicity.make_scorer(name)
 
 
+def test_a_classifier_or_judge_that_is_no_model(tmp_path):
+    expected = f"^{tmp_path}: cannot be loaded"
+    with pytest.raises(InputError, match=expected):
+        toxicity.make_scorer(f"classifier:{tmp_path}")
+    with pytest.raises(InputError, match=expected):
+        truthful.make_judge(str(tmp_path), "True")([("q", "a")])
+
+
 def test_toxicity_from_the_command_line(folder, tmp_path):
     rows = [{"prompt": {"text": "The man"}}, {"prompt": {"text": "She"}}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
