@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import os
@@ -96,6 +97,11 @@ def fingerprint(path: str | Path) -> Any:
 def fingerprint_of(name: str | None) -> Any:
     """Of a judge or scorer, KIND:PATH or PATH, its name and what its file or folder holds."""
     return [name, *(fingerprint(part) for part in (name or "").split(":") if part and Path(part).exists())]
+
+
+def digest(settings: Any) -> str:
+    """Twelve letters that tell settings apart, for the name of a file."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def cached(

@@ -13,14 +13,14 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from files import fingerprint, loading, positive, refuse_input
+from files import cached, digest, fingerprint, loading, positive, refuse_input
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -152,6 +152,20 @@ def _until(ids: list[int], ends: set[int]) -> list[int]:
     """Up to the first of the ends and with it."""
     end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
     return ids[: end + 1]
+
+
+def completer(folder: Path, path: str, **settings: Any) -> Callable[[Sequence[Any]], list[str]]:
+    """
+    `complete` of a [`Policy`], which is loaded when it is first needed. What it said stands in `folder` and is not
+    sampled again, whatever becomes of it: a judge may fail.
+    """
+    load = cache(partial(Policy, path, **settings))
+
+    def complete(prompts: Sequence[Any]) -> list[str]:
+        own = {"policy": fingerprint(path), **settings, "prompts": list(prompts)}
+        return cached(folder / f"{digest(own)}.json", own, lambda: load().complete(prompts))
+
+    return complete
 
 
 def write_completions(rows: list[Row], output: Path, settings: dict[str, Any], policy: Policy) -> None:

@@ -14,7 +14,6 @@ the output folder.
 """
 
 import argparse
-import hashlib
 import json
 import shlex
 import sys
@@ -31,7 +30,7 @@ import overoptimisation
 import toxicity
 import truthful
 import win_rate
-from files import cached, fingerprint, fingerprint_of, named, positive, said
+from files import cached, digest, fingerprint, fingerprint_of, named, positive, said
 from generate import Policy, write_completions
 from language_model import LanguageModel
 from report import write_report
@@ -79,6 +78,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.rows, self.folder = args, SUITES[args.suite], args.output
+        self.kept = self.folder / "completions"
         self.models = named(args.models, "--models")
         self.data = alignment_tax.read_data(args.data)
         self.tasks = args.tasks if args.tasks is not None else list(self.data)
@@ -192,11 +192,11 @@ class Run:
     def completions(self, model: str, path: str, rows: list[dict[str, Any]]) -> Path:
         """The file of a model's completions; other settings have other files."""
         settings = {"model": fingerprint(path), "rows": rows, "tokens": self.args.max_new_tokens}
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-        file = self.folder / "completions" / f"{model}_{digest}.jsonl"
+        number = digest(settings)
+        file = self.kept / f"{model}_{number}.jsonl"
         if not file.exists():
             policy = Policy(path, self.args.batch_size, self.args.max_new_tokens)
-            write_completions(rows, file, {"digest": digest}, policy)
+            write_completions(rows, file, {"digest": number}, policy)
         return file
 
     def truthfulness(self) -> dict[str, Any] | None:
@@ -208,8 +208,7 @@ class Run:
             self.notes.append("truthfulness: answers without figures; they take --truth_judge and --info_judge")
 
         def measure(path: str) -> dict[str, Any]:
-            policy = Policy(path, args.batch_size, 64, cut_at_newline=True)
-            return truthful.measure(policy.complete, judges, questions)
+            return truthful.measure(truthful.answers(self.kept, path, args.batch_size), judges, questions)
 
         settings = {
             "questions": questions,
@@ -223,8 +222,8 @@ class Run:
         prompts = toxicity.read_prompts(args.toxicity_prompts)[: self.rows["toxicity"]]
 
         def measure(path: str) -> dict[str, Any]:
-            policy = Policy(path, args.batch_size, 64, cut_at_newline=True)
-            return toxicity.measure(policy.complete, score, prompts, samples=1)
+            complete = toxicity.continuations(self.kept, path, 1, args.batch_size)
+            return toxicity.measure(complete, score, prompts, samples=1)
 
         return self.of_each_model("toxicity", {"prompts": prompts, "scorer": fingerprint_of(args.scorer)}, measure)
 

@@ -101,12 +101,26 @@ def summary(scores: np.ndarray) -> dict[str, Any]:
     return found
 
 
-def measure(complete: Callable[[list[str]], list[str]], score: Scorer, prompts: Sequence[str], samples: int) -> dict:
-    """By prefix the figures, and the continuations with their scores."""
+def continuations(
+    folder: Path, path: str, samples: int, batch_size: int, max_new_tokens: int = 64
+) -> Callable[[Sequence[str]], list[str]]:
+    """A policy's, greedy or with several samples at temperature 1, to the first newline; see [`completer`]."""
+    from generate import completer
+
+    sampling = {"temperature": float(samples > 1), "cut_at_newline": True}
+    return completer(folder, path, batch_size=batch_size, max_new_tokens=max_new_tokens, **sampling)
+
+
+def measure(
+    complete: Callable[[Sequence[str]], list[str]], score: Scorer, prompts: Sequence[str], samples: int
+) -> dict:
+    """By prefix the figures, and the continuations with their scores; all are sampled before one is scored."""
+    sampled = {
+        name: complete([f"{prefix} {prompt}".strip() for prompt in prompts for _ in range(samples)])
+        for name, prefix in PREFIXES.items()
+    }
     found = {}
-    for name, prefix in PREFIXES.items():
-        given = [f"{prefix} {prompt}".strip() for prompt in prompts for _ in range(samples)]
-        texts = complete(given)
+    for name, texts in sampled.items():
         scores = np.array(score(texts), dtype=float).reshape(len(prompts), samples)
         found[name] = {**summary(scores), "texts": texts, "scores": scores.ravel().tolist()}
     return found
@@ -127,11 +141,10 @@ def main(argv: list[str] | None = None) -> None:
         refuse_input(args.output, args.prompts)
         score = make_scorer(args.scorer, keep=args.output.with_suffix(".scores.jsonl"))
         prompts = read_prompts(args.prompts)[: args.limit]
-        from generate import Policy
-
-        temperature = float(args.samples > 1)
-        policy = Policy(args.model, args.batch_size, args.max_new_tokens, temperature, cut_at_newline=True)
-        found = measure(policy.complete, score, prompts, args.samples)
+        complete = continuations(
+            args.output.with_suffix(".rows"), args.model, args.samples, args.batch_size, args.max_new_tokens
+        )
+        found = measure(complete, score, prompts, args.samples)
         write_json(found, args.output)
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -96,15 +96,22 @@ def read_questions(source: str) -> list[str]:
     return read_texts(source, ("question", "Question"), "generation", "validation")
 
 
+def answers(folder: Path, path: str, batch_size: int) -> Callable[[Sequence[str]], list[str]]:
+    """A policy's, greedy and to the first newline; see [`completer`]."""
+    from generate import completer
+
+    return completer(folder, path, batch_size=batch_size, max_new_tokens=64, cut_at_newline=True)
+
+
 def measure(
     complete: Callable[[list[str]], list[str]], judges: dict[str, Judge], questions: Sequence[str]
 ) -> dict[str, Any]:
     """By prompt the answers of a policy, and with a judge of "True" (and of "Helpful") the figures."""
-    answers = {kind: complete([prompt_of(question, kind) for question in questions]) for kind in PROMPTS}
-    found: dict[str, Any] = {"questions": list(questions), "answers": answers}
+    answered = {kind: complete([prompt_of(question, kind) for question in questions]) for kind in PROMPTS}
+    found: dict[str, Any] = {"questions": list(questions), "answers": answered}
     if "True" in judges:
         found["figures"] = {}
-        for kind, said in answers.items():
+        for kind, said in answered.items():
             of = {word: judge(list(zip(questions, said, strict=True))) for word, judge in judges.items()}
             found["figures"][kind] = summary(of["True"], of.get("Helpful"))
     return found
@@ -128,10 +135,7 @@ def main(argv: list[str] | None = None) -> None:
             for word, name in (("True", args.truth_judge), ("Helpful", args.info_judge))
             if name
         }
-        from generate import Policy
-
-        policy = Policy(args.model, args.batch_size, 64, cut_at_newline=True)
-        found = measure(policy.complete, judges, questions)
+        found = measure(answers(args.output.with_suffix(".rows"), args.model, args.batch_size), judges, questions)
         write_json(found, args.output)
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")

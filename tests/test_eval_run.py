@@ -288,15 +288,18 @@ def test_a_judge_that_cannot_be_read_is_named_before_anything_is_sampled(stage):
     assert not (stage / "out" / "completions").exists()
 
 
-def test_a_scorer_that_always_fails_is_named_and_asked_again(stage):
+def test_a_scorer_that_always_fails_is_named_and_asked_again(stage, monkeypatch):
+    """Of what was sampled for it, as the judge of truth is."""
     body = (stage / "judge.py").read_text()
-    (stage / "judge.py").write_text(body.replace("return 0.25", "raise RuntimeError('no key')"))
+    failing = body.replace("return 0.25", "raise RuntimeError('no key')").replace("return 1.0", "return 'no'")
+    (stage / "judge.py").write_text(failing)
     eval_run.main(flags(stage))
     found = json.loads((stage / "out" / "report.json").read_text())
-    assert "toxicity" not in found["parts"] and any("no key" in note for note in found["notes"])
+    assert not {"toxicity", "truthfulness"} & {*found["parts"]} and any("no key" in note for note in found["notes"])
     (stage / "judge.py").write_text(body)
+    monkeypatch.setattr("generate.Policy.__init__", None)
     eval_run.main(flags(stage))
-    assert "toxicity" in json.loads((stage / "out" / "report.json").read_text())["parts"]
+    assert {"toxicity", "truthfulness"} < {*json.loads((stage / "out" / "report.json").read_text())["parts"]}
 
 
 def test_one_model_has_no_win_rate_but_all_else(stage):

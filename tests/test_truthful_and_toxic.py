@@ -103,14 +103,19 @@ def test_a_text_that_is_not_there_is_no_text(tmp_path, read, column):
             read(str(file))
 
 
-def test_truthful_from_the_command_line(folder, tmp_path):
+def test_truthful_from_the_command_line(folder, tmp_path, monkeypatch):
     (tmp_path / "q.csv").write_text("Question\nWhy?\nHow?\n")
     given = ["--model", folder, "--questions", str(tmp_path / "q.csv"), "--output", str(tmp_path / "out.json")]
     truthful.main(given)
     found = json.loads((tmp_path / "out.json").read_text())
     assert "figures" not in found
     assert {kind: len(said) for kind, said in found["answers"].items()} == dict.fromkeys(PROMPTS, 2)
+    with pytest.raises(SystemExit, match="failed on 2 of 2"):
+        truthful.main(
+            [*given, "--truth_judge", python(tmp_path, "def judge(question, answer):\n    return 'no idea'\n")]
+        )
     judge = python(tmp_path, "def judge(question, answer):\n    return 1.0 if question == 'Why?' else 'no idea'\n")
+    monkeypatch.setattr("generate.Policy.__init__", None)  # answers are there
     truthful.main([*given, "--truth_judge", judge])
     found = json.loads((tmp_path / "out.json").read_text())["figures"]["QA prompt"]
     assert found == {"n": 1, "failed": 1, "true": [1.0, None, None]}
@@ -198,7 +203,7 @@ def test_a_classifier_or_judge_that_is_no_model(tmp_path):
         truthful.make_judge(str(tmp_path), "True")([("q", "a")])
 
 
-def test_toxicity_from_the_command_line(folder, tmp_path):
+def test_toxicity_from_the_command_line(folder, tmp_path, monkeypatch):
     rows = [{"prompt": {"text": "The man"}}, {"prompt": {"text": "She"}}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     scorer = python(tmp_path, "def judge(text):\n    return 0.75\n")
@@ -207,6 +212,9 @@ def test_toxicity_from_the_command_line(folder, tmp_path):
     found = json.loads((tmp_path / "out.json").read_text())["biased"]
     assert found["toxicity"] == [0.75] * 3 and found["toxic_share"][0] == 1 and found["n"] == 4
     assert len(found["texts"]) == 4
+    monkeypatch.setattr("generate.Policy.__init__", None)  # continuations are there
+    toxicity.main([*given, "--max_new_tokens", "4", "--output", str(tmp_path / "out.json")])
+    assert json.loads((tmp_path / "out.json").read_text())["biased"] == found
     with pytest.raises(SystemExit, match="expected rows with `prompt`"):
         toxicity.main(["--model", folder, "--prompts", "gone.jsonl", "--scorer", scorer, "--output", "x"])
 
