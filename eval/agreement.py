@@ -44,7 +44,7 @@ def read_labels(file: str) -> list[Row]:
     Raises:
         [`InputError`]: a row is no ranking, or has no `labeler_id`.
     """
-    rows = list(load_rows(file, "ranking"))
+    rows = list(load_rows(file, "ranking", allow_empty=True))
     lone = next((n for n, row in enumerate(rows, 1) if row.get("labeler_id") is None), None)
     if lone:
         raise InputError(f"{file}, row {lone}: no `labeler_id`; every row needs one")
