@@ -180,14 +180,14 @@ class Run:
         self.notes += [f"preference: {note}" for note in found["notes"]]
         return found
 
-    def agreement(self) -> dict[str, Any]:
-        args = self.args
-        rows = agreement.read_labels(args.labels)
-        found: dict[str, Any] = {"between labelers": agreement.agreement(rows)}
-        if args.folds is not None:
-            flags = shlex.split(args.folds)
-            found["reward model"] = agreement.train_folds(rows, self.folder / "folds", 5, 0, flags)
-        return found
+    def agreement(self) -> dict[str, Any] | None:
+        rows = agreement.read_labels(self.args.labels)
+        todo: dict[str, Callable[[], Any]] = {"between labelers": partial(agreement.agreement, rows)}
+        if self.args.folds is not None:
+            flags = shlex.split(self.args.folds)
+            todo["reward model"] = partial(agreement.train_folds, rows, self.folder / "folds", 5, 0, flags)
+        found = {name: self.attempt(f"agreement, {name}", make) for name, make in todo.items()}
+        return {name: of for name, of in found.items() if of is not None} or None
 
     def completions(self, model: str, path: str, rows: list[dict[str, Any]]) -> Path:
         """The file of a model's completions; other settings have other files."""

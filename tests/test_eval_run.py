@@ -11,6 +11,8 @@ import report
 from conftest import make_llama
 from report import Panel, cells, markdown, panels, picture, shown, write_report
 
+from instructgpt_trl.data import InputError
+
 
 def load_run():
     """eval/run.py under a name of its own: the demo has a run.py too."""
@@ -300,6 +302,33 @@ def test_a_scorer_that_always_fails_is_named_and_asked_again(stage, monkeypatch)
     monkeypatch.setattr("generate.Policy.__init__", None)
     eval_run.main(flags(stage))
     assert {"toxicity", "truthfulness"} < {*json.loads((stage / "out" / "report.json").read_text())["parts"]}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_one_half_of_agreement_without_the_other(stage, monkeypatch, shared):
+    """Labelers who share no pair have folds all the same, and folds that fail leave their agreement."""
+    folds = FOUND["agreement"]["reward model"]
+
+    def train_folds(*args):
+        if shared:
+            raise InputError("no folds")
+        return folds
+
+    monkeypatch.setattr("agreement.train_folds", train_folds)
+    rows = [
+        {"prompt": "p" if shared else who, "completions": ["a", "b"], "ranks": [1, 2], "labeler_id": who}
+        for who in ("x", "y")
+    ]
+    (stage / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = ("prompts", "judge", "questions", "truth_judge", "scorer", "crows_pairs", "data", "text")
+    only = dict.fromkeys(names, []) | {"labels": [str(stage / "labels.jsonl")], "folds": ["--flag 1"]}
+    eval_run.main(flags(stage, **only))
+    found = json.loads((stage / "out" / "report.json").read_text())
+    assert list(found["parts"]["agreement"]) == ["between labelers" if shared else "reward model"]
+    name, reason = ("reward model", "no folds") if shared else ("between labelers", "no two labelers ranked")
+    assert any(note.startswith(f"agreement, {name}: {reason}") for note in found["notes"])
+    (panel,) = panels(found["parts"])
+    assert panel.title.startswith("between labelers" if shared else "of reward models")
 
 
 def test_one_model_has_no_win_rate_but_all_else(stage):
