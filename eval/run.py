@@ -262,7 +262,9 @@ class Run:
             batch_size=args.batch_size,
             seed=0,
         )
-        return overoptimisation.measure(given, self.folder / "overoptimisation.rows")
+        found = overoptimisation.measure(given, self.folder / "overoptimisation.rows")
+        self.notes += [f"overoptimisation: {note}" for note in found["notes"]]
+        return found
 
 
 def _failures(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
