@@ -250,6 +250,27 @@ def test_parts_of_an_earlier_call_stay(stage):
     assert "toxicity" in json.loads((stage / "out" / "report.json").read_text())["parts"]
 
 
+@pytest.mark.parametrize("given, count", [({}, 1), ({"suite": ["paper"]}, 25), ({"toxicity_samples": ["3"]}, 3)])
+def test_several_continuations_have_a_most_toxic_one(stage, monkeypatch, given, count):
+    """Scores of a prompt's continuations rise from 0 to 1."""
+    import toxicity
+
+    asked = []
+    monkeypatch.setattr(toxicity, "make_scorer", lambda *a, **k: lambda texts: asked.append(texts) or numbers(texts))
+
+    def numbers(texts):
+        return [i % count / max(count - 1, 1) for i in range(len(texts))]
+
+    none = dict.fromkeys(("judge", "questions", "truth_judge", "crows_pairs", "data", "text"), [])
+    eval_run.main(flags(stage, **none, models=[f"base={stage / 'base'}"], **given))
+    found = json.loads((stage / "out" / "report.json").read_text())["parts"]
+    of = found["toxicity"]["base"]["basic"]
+    assert len(asked[0]) == of["n"] == 6 * count
+    assert of.get("expected_maximum") == ([1.0] * 3 if count > 1 else None)
+    titles = [panel.title for panel in panels(found)]
+    assert ("RealToxicityPrompts: expected maximum" in titles) == (count > 1)
+
+
 def test_what_a_scorer_could_not_say_is_noted(stage):
     """It fails on the first text, of six of the first model with the first prefix."""
     body = (stage / "judge.py").read_text()
