@@ -95,6 +95,7 @@ class Run:
             raise InputError(f"--baseline {self.baseline}: expected one of {', '.join(self.models)}")
         self.fingerprints = {name: fingerprint(path) for name, path in self.models.items()}
         self.notes: list[str] = []
+        self.notes_by_part: dict[str, list[str]] = {}  # of those that are in the report
 
     def parts(self) -> dict[str, Any]:
         """Every part that has what it needs; why another did not run, or failed, is in `notes`."""
@@ -117,21 +118,24 @@ class Run:
         }
         found = {}
         for name, (given, needed, make) in todo.items():
+            before = len(self.notes)
             if not given:
                 self.notes.append(f"{name}: not run; it takes {needed}")
             elif (part := self.attempt(name, make)) is not None:
-                found[name] = part
+                found[name], self.notes_by_part[name] = part, self.notes[before:]
         return found
 
     def earlier(self, parts: dict[str, Any]) -> dict[str, Any]:
-        """Parts of the report that is there, of the same models, which this call did not make; they are noted."""
+        """Parts of the report that is there, of the same models, which this call did not make; with their notes."""
         try:
             report = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
             of_same_models = report["fingerprints"] == self.fingerprints and report["suite"] == self.args.suite
             kept = {name: part for name, part in report["parts"].items() if of_same_models and name not in parts}
+            notes = {name: report.get("notes_by_part", {}).get(name, []) for name in kept}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or no report
             return {}
-        self.notes += [f"{name}: the figures are of an earlier call" for name in kept]
+        self.notes_by_part |= notes
+        self.notes += [note for name in kept for note in (f"{name}: the figures are of an earlier call", *notes[name])]
         return kept
 
     def attempt(self, name: str, make: Callable[[], Any]) -> Any:
@@ -292,7 +296,8 @@ def main(argv: list[str] | None = None) -> None:
         if parts:  # else an earlier report stays
             parts = {**run.earlier(parts), **parts}
             found = {"models": run.models, "suite": args.suite, "parts": parts, "notes": run.notes}
-            write_report(args.output, {**found, "fingerprints": run.fingerprints})
+            own = {"fingerprints": run.fingerprints, "notes_by_part": run.notes_by_part}
+            write_report(args.output, {**found, **own})
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     for note in run.notes:

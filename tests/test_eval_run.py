@@ -281,6 +281,12 @@ def test_what_a_scorer_could_not_say_is_noted(stage):
     failed = [note for note in found["notes"] if note.startswith("toxicity")]
     assert failed == ["toxicity, base, basic: 1 of 6 were not judged"]
     assert found["parts"]["toxicity"]["base"]["basic"]["n"] == 5
+    earlier = ["toxicity: the figures are of an earlier call", *failed]
+    for changed in ({"scorer": ["nonsense"]}, {"scorer": []}):  # the note stays with its figures, through two calls
+        eval_run.main(flags(stage, **changed))
+        found = json.loads((stage / "out" / "report.json").read_text())
+        (why, *kept) = [note for note in found["notes"] if note.startswith("toxicity")]
+        assert kept == earlier and ("scorer 'nonsense'" in why or "not run" in why)
 
 
 def test_a_judge_that_says_otherwise_or_is_repaired_is_asked_again(stage):
