@@ -7,7 +7,8 @@ How often is a policy's completion preferred to a baseline's?
         --output win_rate.json
 
 Rows of a completions file have `prompt` and `completion`, and `category` for a breakdown; the n-th completion of a
-prompt is compared with the n-th of the baseline. A tie counts as half. Judges: see judges.py.
+prompt is compared with the n-th of the baseline. A tie counts as half. Judges: see judges.py; an endpoint is asked in
+both orders, a function in one.
 
 Rows of a labels file are rankings with `models` (names as above, one for each of `ranks`) and `labeler_id`. Without
 `models` a completion is of the models in whose file it stands for its prompt, and others are left out. `group`
@@ -276,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--completions", required=True, nargs="+", metavar="NAME=FILE", help="two or more")
     parser.add_argument("--baseline", required=True, help="name of one of them")
-    parser.add_argument("--judge", help="reward_model:DIR, openai:MODEL@URL or python:FILE.py:FUNCTION")
+    parser.add_argument("--judge", help="reward_model:DIR, openai:MODEL@URL or python:FILE.py:FUNCTION (not swapped)")
     parser.add_argument("--labels", help="rankings by labelers, instead of a judge")
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write")
     args = parser.parse_args(argv)

@@ -3,9 +3,11 @@
 import csv
 import json
 import math
+import random
 
 import numpy as np
 import pytest
+import reference
 import sacrebleu
 import score_samples
 from intervals import figure_with_interval, interval
@@ -32,6 +34,25 @@ from metrics import Bleu, Drop, RougeL, SquadV2, squad_scores, squad_words
 )
 def test_squad_rules_by_hand(said, accepted, em, f1):
     assert squad_scores(said, accepted) == (em, pytest.approx(f1, abs=1e-12))
+
+
+def test_squad_rules_against_the_reference():
+    """Pairs of what is odd: articles, punctuation, letters of other alphabets, marks and spaces that are no ASCII."""
+    rng = random.Random(0)
+    parts = ["", *"the a an The An, A. the's ... -- _ a_b new-york NEW York York 3.5 35 theme banana".split(" ")]
+    parts += ["an\u2019t", "caf\u00e9", "cafe\u0301", "a\u0301", "\u0430n", "\u2014", "\u0130", "i\u0307", "\u00df"]
+    parts += ["\u03a3\u03b1\u03c2", "\u7684", "\u00bd", "a\u200bb", "\u00a0", "\u3000", "\u2028"]
+
+    def text():
+        return "".join(rng.choice(parts) + rng.choice([" ", "  ", "\n", "\t", ""]) for _ in range(rng.randrange(6)))
+
+    seen = set()
+    for _ in range(20_000):
+        said, accepted = text(), [text() for _ in range(rng.randrange(4))]
+        expected = reference.squad_scores(said, accepted)
+        assert squad_scores(said, accepted) == pytest.approx(expected, abs=1e-9), (said, accepted)
+        seen.add(expected)
+    assert {(0, 0), (1, 1)} < seen and len(seen) > 10  # right, wrong, and in between
 
 
 def test_squad_words_keep_what_is_not_an_article_or_ascii_punctuation():
