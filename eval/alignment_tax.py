@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from files import cached, fingerprint, named, positive, refuse_input, said, write_json
-from intervals import figure_with_interval
+from intervals import bounds, figure_with_interval
 from metrics import Bleu
 from tqdm import tqdm
 
@@ -179,12 +179,10 @@ def table(found: dict[str, Any]) -> str:
         for metric, models in metrics.items():
             for model, of in models.items():
                 value, low, high = of["value"]
-                line = (
-                    f"{task:<24} {metric:<8} {model:<12} {of['n']:>5} {value:8.3f}  {f'{low:.3f} to {high:.3f}':<18}"
-                )
+                line = f"{task:<24} {metric:<8} {model:<12} {of['n']:>5} {value:8.3f}  {bounds(low, high):<18}"
                 if "change" in of:
                     change, low, high = of["change"]
-                    line += f" {change:+.3f} ({low:+.3f} to {high:+.3f})"
+                    line += f" {change:+.3f} {bounds(low, high, '+.3f')}"
                 lines.append(line)
     return "\n".join([*lines, *(f"note: {note}" for note in found["notes"])])
 

@@ -23,7 +23,7 @@ from itertools import chain
 from pathlib import Path
 
 from files import read_table, refuse_input, write_json
-from intervals import figure_with_interval, with_interval
+from intervals import bounds, figure_with_interval, with_interval
 from metrics import Bleu, Drop, RougeL, SquadV2
 
 from instructgpt_trl.data import InputError
@@ -181,13 +181,13 @@ def table(found: dict[str, dict[str, tuple[Found, int]]], task: str, published: 
     for model, prompts in found.items():
         for prompt, (metrics, n) in prompts.items():
             for name, (value, low, high) in metrics.items():
-                line = f"{model:<12} {prompt:<20} {name:<20} {n:>5} {value:8.3f}  {low:.3f} to {high:.3f}"
+                line = f"{model:<12} {prompt:<20} {name:<20} {n:>5} {value:8.3f}  {bounds(low, high):<16}"
                 row = PUBLISHED_PROMPT.get((task, prompt), prompt)
                 figure = published.get((task, PUBLISHED_METRIC.get(name, name), row, model))
                 if figure is not None:
                     inside.append(low <= figure <= high)
                     line += f"   published {figure:.3f} {'inside' if inside[-1] else 'OUTSIDE'}"
-                lines.append(line)
+                lines.append(line.rstrip())
     if published:
         lines.append(f"{sum(inside)} of {len(inside)} published figures are inside their cell's interval")
     return "\n".join(lines)

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from files import key_of, named, refuse_input, said, write_json
-from intervals import interval, with_interval
+from intervals import bounds, interval, with_interval
 from judges import Comparison, Judge, make_judge
 
 from instructgpt_trl.data import InputError, load_rows
@@ -267,9 +267,7 @@ def table(found: dict[str, Any], baseline: str) -> str:
             continue
         value, low, high = of["win_rate"]
         equal = "" if of["length_controlled"] is None else f"{of['length_controlled']:.3f}"
-        lines.append(
-            f"{name:<16} {of['n']:5} {value:9.3f}  {f'{low:.3f} to {high:.3f}':<16} {of['ties']:5.2f}  {equal}"
-        )
+        lines.append(f"{name:<16} {of['n']:5} {value:9.3f}  {bounds(low, high):<16} {of['ties']:5.2f}  {equal}")
     return "\n".join([*lines, f"against {baseline}; a tie counts as half"])
 
 

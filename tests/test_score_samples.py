@@ -5,12 +5,14 @@ import json
 import math
 import random
 
+import alignment_tax
 import numpy as np
 import pytest
 import reference
 import sacrebleu
 import score_samples
-from intervals import figure_with_interval, interval
+import win_rate
+from intervals import bounds, figure_with_interval, interval
 from metrics import Bleu, Drop, RougeL, SquadV2, squad_scores, squad_words
 
 # Metrics
@@ -143,6 +145,17 @@ def test_one_group_has_no_interval():
     for values, groups in (([], None), ([1.0], None), ([0, 1, 1], ["a"] * 3)):
         assert all(math.isnan(bound) for bound in interval(values, groups))
     assert interval([0.5, 0.5]) == (0.5, 0.5)
+
+
+def test_no_interval_is_no_text(tmp_path, capsys):
+    assert bounds(0.25, 1) == "0.250 to 1.000" and bounds(-0.5, 0.5, "+.1f") == "-0.5 to +0.5"
+    assert bounds(*interval([1.0])) == ""
+    run(tmp_path, [{"model_type": "m", "ref_text": "a", "sample": "a"}], "drop")
+    assert "nan" not in capsys.readouterr().out
+    of = {"n": 1, "win_rate": [1.0, math.nan, math.nan], "length_controlled": None, "ties": 0.0}
+    assert "nan" not in win_rate.table({"m": of}, "sft")
+    one = {"value": [1.0, math.nan, math.nan], "change": [0.5, math.nan, math.nan], "n": 1}
+    assert "nan" not in alignment_tax.table({"tasks": {"t": {"f1": {"m": one}}}, "notes": []})
 
 
 def test_intervals_refuse_what_is_no_number():
