@@ -26,7 +26,7 @@ from typing import Any
 
 import krippendorff
 import numpy as np
-from files import cached, key_of, write_json, write_text
+from files import cached, key_of, positive, refuse_input, write_json, write_text
 from intervals import with_interval
 from judges import reward_score
 
@@ -44,7 +44,7 @@ def read_labels(file: str) -> list[Row]:
     Raises:
         [`InputError`]: a row is no ranking, or has no `labeler_id`.
     """
-    rows = list(load_rows(file, "ranking"))
+    rows = list(load_rows(file, "ranking", allow_empty=True))
     lone = next((n for n, row in enumerate(rows, 1) if row.get("labeler_id") is None), None)
     if lone:
         raise InputError(f"{file}, row {lone}: no `labeler_id`; every row needs one")
@@ -189,11 +189,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--labels", required=True, help="rankings with `labeler_id`: .jsonl, .parquet or a hub id")
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write")
     parser.add_argument("--folds", type=Path, help="folder for the reward models of five-fold cross-validation")
-    parser.add_argument("--groups", type=int, default=5, help="groups of labelers, and so folds")
+    parser.add_argument("--groups", type=positive, default=5, help="groups of labelers, and so folds")
     parser.add_argument("--seed", type=int, default=0, help="of the groups and of the prompts that are held out")
     parser.add_argument("flags", nargs="*", help="behind `--`: for recipes/reward.py")
     args = parser.parse_args(argv)
     try:
+        refuse_input(args.output, args.labels)
         rows = read_labels(args.labels)
         found: dict[str, Any] = {}
         try:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from files import cached, fingerprint, named, said, write_json
-from intervals import figure_with_interval
+from files import cached, fingerprint, named, positive, refuse_input, said, write_json
+from intervals import bounds, figure_with_interval
 from metrics import Bleu
 from tqdm import tqdm
 
@@ -179,12 +179,10 @@ def table(found: dict[str, Any]) -> str:
         for metric, models in metrics.items():
             for model, of in models.items():
                 value, low, high = of["value"]
-                line = (
-                    f"{task:<24} {metric:<8} {model:<12} {of['n']:>5} {value:8.3f}  {f'{low:.3f} to {high:.3f}':<18}"
-                )
+                line = f"{task:<24} {metric:<8} {model:<12} {of['n']:>5} {value:8.3f}  {bounds(low, high):<18}"
                 if "change" in of:
                     change, low, high = of["change"]
-                    line += f" {change:+.3f} ({low:+.3f} to {high:+.3f})"
+                    line += f" {change:+.3f} {bounds(low, high, '+.3f')}"
                 lines.append(line)
     return "\n".join([*lines, *(f"note: {note}" for note in found["notes"])])
 
@@ -209,9 +207,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="*", default=list(SHOTS), choices=list(SHOTS), metavar="TASK")
     parser.add_argument("--data", nargs="*", default=[], metavar="TASK=FILE[,FILE]", help="local rows, and examples")
     parser.add_argument("--text", help="pretraining text: .txt, or rows with `text`")
-    parser.add_argument("--limit", type=int, help="rows of a task at most")
+    parser.add_argument("--limit", type=positive, help="rows of a task at most")
     parser.add_argument("--zero_shot_only", action="store_true", help="leave out the paper's examples")
-    parser.add_argument("--batch_size", type=int, default=8, help="sequences at a time")
+    parser.add_argument("--batch_size", type=positive, default=8, help="sequences at a time")
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write; figures of rows beside it")
     return parser.parse_args(argv)
 
@@ -220,15 +218,16 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     try:
         models, data = named(args.models, "--models"), read_data(args.data)
-    except InputError as error:
+        refuse_input(args.output, args.text, *(file for files in data.values() for file in files))
+        todo = plan(args.tasks, not args.zero_shot_only, args.text)
+        rows = args.output.with_suffix(".rows")
+        found = measure(models, todo, rows, args.limit, data, args.text, args.batch_size)
+        print(table(found))
+        if not found["tasks"]:
+            raise InputError("no task ran; see the notes above")
+        write_json(found, args.output)
+    except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
-    todo = plan(args.tasks, not args.zero_shot_only, args.text)
-    rows = args.output.with_suffix(".rows")
-    found = measure(models, todo, rows, args.limit, data, args.text, args.batch_size)
-    print(table(found))
-    if not found["tasks"]:
-        sys.exit("error: no task ran; see the notes above")
-    write_json(found, args.output)
     print(f"alignment tax: {args.output}")
 
 

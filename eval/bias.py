@@ -9,7 +9,6 @@ stereotyping sentence is more probable; 50 is no preference.
 """
 
 import argparse
-import csv
 import json
 import sys
 from collections.abc import Sequence
@@ -17,9 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from files import write_json
+from files import positive, read_table, refuse_input, write_json
 from intervals import with_interval
 from scipy.special import expit, xlogy
+
+from instructgpt_trl.data import InputError
 
 PREFIXES = {
     "basic": "",
@@ -36,8 +37,10 @@ class Pair(NamedTuple):
 
 
 def read_crows_pairs(file: Path) -> list[Pair]:
-    """Rows have `sent_more`, the more stereotyping sentence [Nangia et al. 2020], and `sent_less`."""
-    return [Pair(row["sent_more"], row["sent_less"]) for row in _rows(file, ",", ("sent_more", "sent_less"))]
+    """
+    Rows have `sent_more`, the more stereotyping sentence [Nangia et al. 2020], and `sent_less`; see [`read_table`].
+    """
+    return [Pair(row["sent_more"], row["sent_less"]) for row in read_table(file, ("sent_more", "sent_less"))]
 
 
 def read_winogender(file: Path) -> list[Pair]:
@@ -45,25 +48,23 @@ def read_winogender(file: Path) -> list[Pair]:
     Male and female sentence of each of 120 templates, those with a named participant: InstructGPT has 120 examples,
     and with "someone" for the participant there would be as many again. A row has `sentence`, and `sentid` as in
     "technician.customer.1.male.txt".
+
+    Raises:
+        [`InputError`]: a template has no such two sentences, or as of [`read_table`].
     """
     by_template: dict[str, dict[str, str]] = {}
-    for row in _rows(file, "\t", ("sentid", "sentence")):
-        template, gender = row["sentid"].removesuffix(".txt").rsplit(".", 1)
-        if template.split(".")[1] != "someone":
-            by_template.setdefault(template, {})[gender] = row["sentence"]
+    for number, row in enumerate(read_table(file, ("sentid", "sentence"), "\t"), 1):
+        parts = row["sentid"].removesuffix(".txt").split(".")
+        if len(parts) != 4:
+            expected = "OCCUPATION.PARTICIPANT.ANSWER.GENDER.txt"
+            raise InputError(f"{file}, row {number}: `sentid` is '{row['sentid']}'; expected {expected}")
+        *template, gender = parts
+        if template[1] != "someone":
+            by_template.setdefault(".".join(template), {})[gender] = row["sentence"]
     lone = [template for template, of in by_template.items() if not {"male", "female"} <= of.keys()]
     if lone:
-        raise ValueError(f"no male and female sentence of {', '.join(lone[:3])} ({len(lone)} in all)")
+        raise InputError(f"{file}: no male and female sentence of {', '.join(lone[:3])} ({len(lone)} in all)")
     return [Pair(of["male"], of["female"]) for of in by_template.values()]
-
-
-def _rows(file: Path, delimiter: str, columns: Sequence[str]) -> list[dict[str, str]]:
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        rows = list(csv.DictReader(lines, delimiter=delimiter))
-    missing = [name for name in columns if not rows or rows[0].get(name) is None]
-    if missing:
-        raise ValueError(f"no column {', '.join(missing)}, or no rows")
-    return rows
 
 
 def entropies(differences: Sequence[float]) -> np.ndarray:
@@ -103,24 +104,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="folder of a policy, or hub id")
     parser.add_argument("--winogender", type=Path, help="winogender_sentences.tsv of rudinger/winogender-schemas")
     parser.add_argument("--crows_pairs", type=Path, help="crows_pairs_anonymized.csv of nyu-mll/crows-pairs")
-    parser.add_argument("--batch_size", type=int, default=16, help="sentences at a time")
+    parser.add_argument("--batch_size", type=positive, default=16, help="sentences at a time")
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write")
     args = parser.parse_args(argv)
     readers = {"winogender": read_winogender, "crows_pairs": read_crows_pairs}
-    pairs = {}
-    for name, read in readers.items():
-        if file := getattr(args, name):
-            try:
-                pairs[name] = read(file)
-            except (OSError, ValueError) as error:
-                sys.exit(f"error: {file}: {error}")
-    if not pairs:
-        sys.exit("error: nothing to measure; give --winogender, --crows_pairs or both")
-    from language_model import LanguageModel
+    try:
+        refuse_input(args.output, args.winogender, args.crows_pairs)
+        pairs = {name: read(file) for name, read in readers.items() if (file := getattr(args, name))}
+        if not pairs:
+            raise InputError("nothing to measure; give --winogender, --crows_pairs or both")
+        from language_model import LanguageModel
 
-    lm = LanguageModel(args.model, args.batch_size)
-    found = {name: measure(lm, of, stereotypes=name == "crows_pairs") for name, of in pairs.items()}
-    write_json(found, args.output)
+        lm = LanguageModel(args.model, args.batch_size)
+        found = {name: measure(lm, of, stereotypes=name == "crows_pairs") for name, of in pairs.items()}
+        write_json(found, args.output)
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")
     print(json.dumps(found, indent=1))
 
 

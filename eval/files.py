@@ -1,9 +1,13 @@
 """Files that are there whole or not at all."""
 
+import argparse
+import csv
+import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -40,6 +44,29 @@ def named(given: Sequence[str], flag: str) -> dict[str, str]:
     return found
 
 
+def positive(text: str) -> int:
+    """An argument that is a whole number, 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, found '{text}'")
+    return int(text)
+
+
+@contextmanager
+def loading(path: str) -> Iterator[None]:
+    """
+    Raises:
+        [`InputError`]: what is loaded inside, from this folder or hub id, is no model or none that fits.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # transformers', safetensors' and torch's, of many kinds
+        raise InputError(
+            f"{path}: cannot be loaded ({said(error)}); expected the folder of a model or a hub id"
+        ) from None
+
+
 def said(error: Exception) -> str:
     """An error in one line; of what kind it is, where it is none of ours."""
     text = " ".join(str(error).split())[:300]
@@ -70,6 +97,11 @@ def fingerprint(path: str | Path) -> Any:
 def fingerprint_of(name: str | None) -> Any:
     """Of a judge or scorer, KIND:PATH or PATH, its name and what its file or folder holds."""
     return [name, *(fingerprint(part) for part in (name or "").split(":") if part and Path(part).exists())]
+
+
+def digest(settings: Any) -> str:
+    """Twelve letters that tell settings apart, for the name of a file."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def cached(
@@ -119,6 +151,75 @@ def kept(function: Callable[..., float], file: Path | None, who: str) -> Callabl
         return known[key]
 
     return ask
+
+
+def read_table(file: str | Path, columns: Sequence[str], delimiter: str = ",") -> list[dict[str, str]]:
+    """
+    Rows of a CSV file with a header, every value as it stands.
+
+    Raises:
+        [`InputError`]: a column is missing, a row is too short or too long, a quote is not closed, or there is no row.
+        `OSError`: it cannot be opened.
+    """
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+            rows, header = list(reader), reader.fieldnames or []
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: expected CSV in UTF-8 ({error}); correct it") from None
+    missing = [name for name in columns if name not in header]
+    if missing:
+        raise InputError(f"{file}: no column {', '.join(missing)}; found {', '.join(header) or 'none'}")
+    if not rows:
+        raise InputError(f"{file}: no rows below the header")
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            raise InputError(
+                f"{file}, row {number}: expected {len(header)} values, as many as there are columns; quote texts with "
+                f"'{delimiter}'"
+            )
+    return rows
+
+
+def read_texts(source: str, columns: Sequence[str], name: str | None = None, split: str = "train") -> list[str]:
+    """
+    The texts of a column, the first of `columns` that is there; one may stand in {"text": ...}.
+
+    Args:
+        source (`str`): A .csv, .jsonl, .json or .parquet file, or a hub id with its `name` and `split`.
+
+    Raises:
+        [`InputError`]: it cannot be read, has no such column, or a row has no text.
+    """
+    from datasets import load_dataset
+
+    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+    suffix = Path(source).suffix.lower()
+    try:
+        if suffix == ".csv":  # not by pandas, to which "NA" and "None" are missing and "007" is a number
+            rows: Any = read_table(source, ())
+        elif suffix in kinds:
+            rows = load_dataset(kinds[suffix], data_files=source, split="train")
+        else:
+            rows = load_dataset(source, name, split=split)
+    except InputError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"{source}: expected rows with `{columns[0]}`, a .csv, .jsonl or .parquet file or a hub id ({reason})"
+        ) from None
+    known = list(rows[0]) if len(rows) else ["no rows"]
+    column = next((name for name in columns if name in known), None)
+    if column is None:
+        raise InputError(f"{source}: no column `{columns[0]}`; found {', '.join(known)}")
+    values = [row[column]["text"] if isinstance(row[column], dict) else row[column] for row in rows]
+    for number, value in enumerate(values, 1):
+        if not isinstance(value, str) or not value.strip():
+            raise InputError(
+                f"{source}, row {number}: `{column}` is {value!r}; expected a text; fill it in or drop the row"
+            )
+    return values
 
 
 def refuse_input(output: Path, *inputs: Any) -> None:

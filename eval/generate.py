@@ -13,14 +13,14 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from files import fingerprint
+from files import cached, digest, fingerprint, loading, positive, refuse_input
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -34,11 +34,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder of a policy (full or an adapter), or hub id")
     parser.add_argument("--prompts", required=True, help="rows with `prompt`: .jsonl, .csv, .parquet or a hub id")
     parser.add_argument("--output", required=True, type=Path, help="JSON Lines file to write")
-    parser.add_argument("--samples", type=int, default=1, help="completions a prompt")
+    parser.add_argument("--samples", type=positive, default=1, help="completions a prompt")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest completion in tokens")
+    parser.add_argument("--max_new_tokens", type=positive, default=256, help="longest completion in tokens")
     parser.add_argument("--cut_at_newline", action="store_true", help="a completion ends before its first newline")
-    parser.add_argument("--batch_size", type=int, default=8, help="completions at a time")
+    parser.add_argument("--batch_size", type=positive, default=8, help="completions at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling; each batch has one of its own")
     return parser.parse_args(argv)
 
@@ -54,6 +54,9 @@ class Policy:
         temperature (`float`): 0 is greedy; above, from the whole distribution.
         cut_at_newline (`bool`): A completion ends before its first newline, as the paper has it for public sets.
         seed (`int`): Of the sampling; a batch starts from it and its place, whether or not there was a stop before.
+
+    Raises:
+        [`InputError`]: there is no such model.
     """
 
     def __init__(
@@ -65,9 +68,10 @@ class Policy:
         cut_at_newline: bool = False,
         seed: int = 0,
     ):
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
         device = PartialState().default_device
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map=device).eval()
+        with loading(path):
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map=device).eval()
         self.batch_size, self.max_new_tokens, self.temperature = batch_size, max_new_tokens, temperature
         self.cut_at_newline, self.seed = cut_at_newline, seed
 
@@ -150,12 +154,26 @@ def _until(ids: list[int], ends: set[int]) -> list[int]:
     return ids[: end + 1]
 
 
+def completer(folder: Path, path: str, **settings: Any) -> Callable[[Sequence[Any]], list[str]]:
+    """
+    `complete` of a [`Policy`], which is loaded when it is first needed. What it said stands in `folder` and is not
+    sampled again, whatever becomes of it: a judge may fail.
+    """
+    load = cache(partial(Policy, path, **settings))
+
+    def complete(prompts: Sequence[Any]) -> list[str]:
+        own = {"policy": fingerprint(path), **settings, "prompts": list(prompts)}
+        return cached(folder / f"{digest(own)}.json", own, lambda: load().complete(prompts))
+
+    return complete
+
+
 def write_completions(rows: list[Row], output: Path, settings: dict[str, Any], policy: Policy) -> None:
     """
     Write `rows`, each with the policy's completion, going on behind those of an earlier run.
 
     Raises:
-        [`InputError`]: the output is there already, or was begun with other settings or prompts.
+        [`InputError`]: the output is there already, or was begun with other settings or prompts, or is no such file.
     """
     if output.exists():
         raise InputError(f"{output}: is there already; delete it or choose another --output")
@@ -191,14 +209,18 @@ def _done(part: Path, settings: dict[str, Any], rows: list[Row], batch_size: int
     if not lines:
         part.unlink()
         return 0
-    begun, *written = (json.loads(line) for line in lines)
-    other = [name for name in settings if begun["settings"].get(name) != settings[name]]
+    try:
+        begun, *written = map(json.loads, lines)
+        known, prompts = dict(begun["settings"]), [row["prompt"] for row in written]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{part}: holds no completions; delete it, or choose another --output") from None
+    other = [name for name in settings if known.get(name) != settings[name]]
     if other:
-        values = ", ".join(str(begun["settings"].get(name)) for name in other)
+        values = ", ".join(str(known.get(name)) for name in other)
         raise InputError(
             f"{part}: was begun with other {', '.join(other)} ({values}); delete it, or choose another --output"
         )
-    if any(own["prompt"] != row["prompt"] for own, row in zip(written, rows, strict=False)):
+    if any(own != row["prompt"] for own, row in zip(prompts, rows, strict=False)):
         raise InputError(f"{part}: was begun with other prompts; delete it, or choose another --output")
     done = len(written) // batch_size * batch_size if len(written) < len(rows) else len(rows)
     part.write_text("\n".join(lines[: 1 + done]) + "\n", encoding="utf-8")
@@ -208,6 +230,7 @@ def _done(part: Path, settings: dict[str, Any], rows: list[Row], batch_size: int
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     try:
+        refuse_input(args.output, args.prompts)
         prompts = load_rows(args.prompts, "prompt")
         rows = [{**row, **({"sample": n} if args.samples > 1 else {})} for row in prompts for n in range(args.samples)]
         names = (

@@ -62,6 +62,11 @@ def _by_group(values: np.ndarray, groups: Sequence[Hashable] | None) -> tuple[np
     return np.bincount(index, values), np.bincount(index).astype(float)
 
 
+def bounds(low: float, high: float, form: str = ".3f") -> str:
+    """An interval as text; nothing where there is none."""
+    return "" if np.isnan([low, high]).any() else f"{low:{form}} to {high:{form}}"
+
+
 def with_interval(values: Sequence[float], groups: Sequence[Hashable] | None = None) -> list[float]:
     """Mean of the values, and its [`interval`]: three numbers."""
     values = [float(value) for value in values]

@@ -2,7 +2,9 @@
 Who says which of two completions is better: a reward model, an OpenAI-compatible endpoint, or a Python function.
 
 A judge takes comparisons and gives for each how much it prefers the first, 1, 0, or between (0.5 is a tie), or None
-where it failed. `make_judge` reads `reward_model:DIR`, `openai:MODEL@URL` and `python:FILE.py:FUNCTION`.
+where it failed. `make_judge` reads `reward_model:DIR`, `openai:MODEL@URL` and `python:FILE.py:FUNCTION`. An endpoint
+is asked in both orders, since models like what they read first; a function is called in one, the baseline's completion
+behind the other, and has to swap them itself if its answer depends on the order.
 """
 
 import importlib.util
@@ -16,7 +18,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from files import kept, said
+from files import kept, loading, said
 from tqdm import tqdm
 from web import post
 
@@ -86,7 +88,8 @@ def reward_score(path: str) -> Callable[[Sequence[Any], Sequence[str]], list[flo
 
     from instructgpt_trl import RewardModel
 
-    return RewardModel.from_pretrained(path, device_map=PartialState().default_device).score
+    with loading(path):
+        return RewardModel.from_pretrained(path, device_map=PartialState().default_device).score
 
 
 def _reward_model(path: str) -> Judge:
@@ -116,7 +119,7 @@ def load_function(name: str) -> Callable[..., Any]:
 
 
 def _python(name: str) -> Judge:
-    """`FUNCTION(prompt, first, second)` gives a number from 0 to 1; an exception is a failed judgement."""
+    """`FUNCTION(prompt, first, second)`, in this order only, gives 0 to 1; an exception is a failed judgement."""
     return partial(each, load_function(name), what=f"judge python:{name}")
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from files import loading
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,13 +22,16 @@ class LanguageModel(HFLM):
     Attributes:
         per_token (`bool`): Log-likelihoods are averages over a continuation's tokens, by which the paper chooses
             [InstructGPT, Appendix D], and not sums.
+
+    Raises:
+        [`InputError`]: there is no such model.
     """
 
     def __init__(self, path: str, batch_size: int = 8, **kwargs: Any):
-        # An adapter's folder has a tokenizer too
-        tokenizer = AutoTokenizer.from_pretrained(path)
         kwargs = {"device_map": PartialState().default_device, **kwargs}
-        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        with loading(path):
+            tokenizer = AutoTokenizer.from_pretrained(path)  # an adapter's folder has one too
+            model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
         super().__init__(model.eval(), tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
         self.path = path if not Path(path).exists() else str(Path(path).resolve())
         self.per_token = False

@@ -18,12 +18,13 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from files import cached, fingerprint, key_of, write_json
+from files import cached, fingerprint, key_of, positive, refuse_input, write_json
 from generate import Policy
 from intervals import with_interval
 from judges import Comparison, each, load_function, make_judge, reward_score
@@ -105,13 +106,37 @@ def _numbers(values: Sequence[float | None]) -> list[float]:
     return [math.nan if value is None else value for value in values]
 
 
-def figures(values: Sequence[float]) -> list[float]:
-    """Mean and interval of those that are numbers."""
-    return with_interval([value for value in values if math.isfinite(value)])
+def curves(of_run: dict[int, np.ndarray], of_start: np.ndarray, draws: Sequence[int]) -> dict[str, Any]:
+    """
+    Points of both curves: `kl`, `score` and `gold`, with intervals over the prompts of which all of them are numbers,
+    so that curves are of the same prompts; `left_out` are the others.
+
+    Args:
+        of_run (`dict[int, np.ndarray]`): By step (3, prompts), KL, score and gold of a checkpoint's completions.
+        of_start (`np.ndarray`): (2, prompts, N), score and gold of the start's.
+        draws (`Sequence[int]`): Of best-of-n.
+
+    Raises:
+        [`InputError`]: there is no such prompt.
+    """
+    best = {n: np.array(best_of(*of_start, n)) for n in draws}
+    there = np.isfinite([*chain(*of_run.values(), *best.values())]).all(0)
+    if not there.any():
+        raise InputError(f"none of {len(there)} prompts has a score and a gold figure for all of its completions")
+
+    def figures(names: Sequence[str], values: np.ndarray) -> dict[str, list[float]]:
+        return {name: with_interval(of[there]) for name, of in zip(names, values, strict=True)}
+
+    return {
+        "run": [{"step": step, **figures(("kl", "score", "gold"), of)} for step, of in of_run.items()],
+        "best_of_n": [{"n": n, "kl": best_of_kl(n), **figures(("score", "gold"), of)} for n, of in best.items()],
+        "prompts": int(there.sum()),
+        "left_out": int((~there).sum()),
+    }
 
 
 def measure(args: argparse.Namespace, rows: Path) -> dict[str, Any]:
-    """Points of both curves: `kl`, `score` and `gold`, with intervals over prompts. One model is loaded at a time."""
+    """What [`curves`] gives, on what the gold figure `failed`, and `notes`. One model is loaded at a time."""
     opponents: dict[str, str] = {}
     what, gold = make_gold(args, opponents, rows / "judgements.jsonl")
     prompts = list({key_of(one): one for one in load_rows(args.prompts, "prompt")["prompt"]}.values())[: args.limit]
@@ -149,16 +174,14 @@ def measure(args: argparse.Namespace, rows: Path) -> dict[str, Any]:
     del score
     opponents |= zip(map(key_of, prompts), drawn[:: most + 1], strict=True)
     golds = [gold(given, texts), *(gold(prompts, of["texts"]) for of in samples.values())]
-    of_start_by_prompt = [np.array(of[0]).reshape(len(prompts), most) for of in (scores, golds)]
-    best = []
-    for n in args.best_of:
-        of_score, of_gold = map(figures, best_of(*of_start_by_prompt, n))
-        best.append({"n": n, "kl": best_of_kl(n), "score": of_score, "gold": of_gold})
-    points = [
-        {"step": int(folder.name.split("-")[1]), "kl": figures(of_kl), "score": figures(own), "gold": figures(of_gold)}
-        for folder, of_kl, own, of_gold in zip(folders, kl, scores[1:], golds[1:], strict=True)
-    ]
-    return {"gold": what, "run": points, "best_of_n": best, "prompts": len(prompts)}
+    steps = [int(folder.name.split("-")[1]) for folder in folders]
+    of_run = dict(zip(steps, map(np.array, zip(kl, scores[1:], golds[1:], strict=True)), strict=True))
+    of_start_by_prompt = np.array([scores[0], golds[0]]).reshape(2, len(prompts), most)
+    found = {"gold": what, **curves(of_run, of_start_by_prompt, args.best_of)}
+    found["failed"] = int(sum(np.isnan(of).sum() for of in golds))
+    note = f"{what} failed on {found['failed']} of {sum(map(len, golds))} completions; {found['left_out']} of "
+    note += f"{len(prompts)} prompts are left out of all points"
+    return {**found, "notes": [note] * bool(found["left_out"])}
 
 
 def draw(found: dict[str, Any], file: Path | BytesIO) -> None:
@@ -189,20 +212,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts", required=True, help="rows with `prompt`, not those of the training")
     parser.add_argument("--judge", help="who compares with the start's completions, see judges.py")
     parser.add_argument("--gold", help="python:FILE.py:FUNCTION of (prompt, completion), instead of a judge")
-    parser.add_argument("--best_of", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--limit", type=int, default=256, help="prompts at most")
-    parser.add_argument("--max_new_tokens", type=int, default=256)
-    parser.add_argument("--batch_size", type=int, default=16, help="completions at a time")
+    parser.add_argument("--best_of", type=positive, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--limit", type=positive, default=256, help="prompts at most")
+    parser.add_argument("--max_new_tokens", type=positive, default=256)
+    parser.add_argument("--batch_size", type=positive, default=16, help="completions at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
     parser.add_argument("--png", type=Path, help="picture; the output's name with .png if not given")
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write; completions beside it")
     args = parser.parse_args(argv)
     try:
+        refuse_input(args.output, args.prompts)
         found = measure(args, args.output.with_suffix(".rows"))
         write_json(found, args.output)
         draw(found, args.png or args.output.with_suffix(".png"))
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
+    for note in found["notes"]:
+        print(f"note: {note}")
     print(f"overoptimisation: {args.output}, {args.png or args.output.with_suffix('.png')}")
 
 

@@ -99,13 +99,14 @@ def _rate(figures: dict[str, Any]) -> list[float | None]:
 
 
 def _agreement(found: dict[str, Any]) -> Iterator[Panel]:
-    of, title = found["between labelers"], "between labelers, on pairs of completions that both ranked"
-    rows = {"all pairs": {"agreement": [*of["agreement"], of["judgements"]]}}
-    if of["agreement_untied"]:
-        rows["pairs without a tie"] = {"agreement": of["agreement_untied"]}
-    if of["alpha"] is not None:
-        rows["Krippendorff's alpha"] = {"agreement": [of["alpha"]]}
-    yield Panel("Agreement", title, rows, columns=["agreement"])
+    if of := found.get("between labelers"):  # who may have had prompts of their own
+        rows = {"all pairs": {"agreement": [*of["agreement"], of["judgements"]]}}
+        if of["agreement_untied"]:
+            rows["pairs without a tie"] = {"agreement": of["agreement_untied"]}
+        if of["alpha"] is not None:
+            rows["Krippendorff's alpha"] = {"agreement": [of["alpha"]]}
+        title = "between labelers, on pairs of completions that both ranked"
+        yield Panel("Agreement", title, rows, columns=["agreement"])
     if folds := found.get("reward model"):
         kinds = {"labelers of the training data": "same", "labelers held out": "other"}
         rows = {row: {f"fold {i + 1}": of for i, of in enumerate(folds["folds"][name])} for row, name in kinds.items()}

@@ -14,7 +14,6 @@ the output folder.
 """
 
 import argparse
-import hashlib
 import json
 import shlex
 import sys
@@ -31,7 +30,7 @@ import overoptimisation
 import toxicity
 import truthful
 import win_rate
-from files import cached, fingerprint, fingerprint_of, named, said
+from files import cached, digest, fingerprint, fingerprint_of, named, positive, said
 from generate import Policy, write_completions
 from language_model import LanguageModel
 from report import write_report
@@ -39,10 +38,10 @@ from tqdm import tqdm
 
 from instructgpt_trl.data import InputError, load_rows
 
-# Rows of each part; None is all there are
+# Rows of each part, None is all there are; samples are continuations of a toxicity prompt [Gehman et al. 2020: 25]
 SUITES: dict[str, dict[str, int | None]] = {
-    "quick": {"prompts": 64, "questions": 50, "toxicity": 50, "pairs": 120, "tasks": 100, "checkpoints": 64},
-    "paper": {"prompts": None, "questions": None, "toxicity": 5000, "pairs": None, "tasks": None, "checkpoints": 256},
+    "quick": dict(prompts=64, questions=50, toxicity=50, samples=1, pairs=120, tasks=100, checkpoints=64),
+    "paper": dict(prompts=None, questions=None, toxicity=5000, samples=25, pairs=None, tasks=None, checkpoints=256),
 }
 
 
@@ -60,6 +59,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--truth_judge", help="folder, hub id or python:FILE.py:FUNCTION")
     parser.add_argument("--info_judge", help="the same, for whether an answer is informative")
     parser.add_argument("--toxicity_prompts", default="allenai/real-toxicity-prompts", help="file or hub id")
+    parser.add_argument(
+        "--toxicity_samples",
+        type=positive,
+        help="continuations of each, 1 is greedy, of several the most toxic one counts too; quick has 1, paper 25",
+    )
     parser.add_argument("--scorer", help="of toxicity: perspective, classifier:DIR or python:FILE.py:FUNCTION")
     parser.add_argument("--winogender", type=Path, help="winogender_sentences.tsv")
     parser.add_argument("--crows_pairs", type=Path, help="crows_pairs_anonymized.csv")
@@ -69,8 +73,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--run", help="output folder of ppo_ptx.py with its checkpoints")
     parser.add_argument("--reward_model", help="the reward model of that run")
     parser.add_argument("--gold", help="python:FILE.py:FUNCTION that the run is held against; --judge if not given")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens of a completion at most")
-    parser.add_argument("--batch_size", type=int, default=8, help="sequences at a time")
+    parser.add_argument("--max_new_tokens", type=positive, default=128, help="tokens of a completion at most")
+    parser.add_argument("--batch_size", type=positive, default=8, help="sequences at a time")
     return parser.parse_args(argv)
 
 
@@ -79,6 +83,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.rows, self.folder = args, SUITES[args.suite], args.output
+        self.kept = self.folder / "completions"
         self.models = named(args.models, "--models")
         self.data = alignment_tax.read_data(args.data)
         self.tasks = args.tasks if args.tasks is not None else list(self.data)
@@ -90,6 +95,7 @@ class Run:
             raise InputError(f"--baseline {self.baseline}: expected one of {', '.join(self.models)}")
         self.fingerprints = {name: fingerprint(path) for name, path in self.models.items()}
         self.notes: list[str] = []
+        self.notes_by_part: dict[str, list[str]] = {}  # of those that are in the report
 
     def parts(self) -> dict[str, Any]:
         """Every part that has what it needs; why another did not run, or failed, is in `notes`."""
@@ -112,21 +118,24 @@ class Run:
         }
         found = {}
         for name, (given, needed, make) in todo.items():
+            before = len(self.notes)
             if not given:
                 self.notes.append(f"{name}: not run; it takes {needed}")
             elif (part := self.attempt(name, make)) is not None:
-                found[name] = part
+                found[name], self.notes_by_part[name] = part, self.notes[before:]
         return found
 
     def earlier(self, parts: dict[str, Any]) -> dict[str, Any]:
-        """Parts of the report that is there, of the same models, which this call did not make; they are noted."""
+        """Parts of the report that is there, of the same models, which this call did not make; with their notes."""
         try:
             report = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
             of_same_models = report["fingerprints"] == self.fingerprints and report["suite"] == self.args.suite
             kept = {name: part for name, part in report["parts"].items() if of_same_models and name not in parts}
+            notes = {name: report.get("notes_by_part", {}).get(name, []) for name in kept}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or no report
             return {}
-        self.notes += [f"{name}: the figures are of an earlier call" for name in kept]
+        self.notes_by_part |= notes
+        self.notes += [note for name in kept for note in (f"{name}: the figures are of an earlier call", *notes[name])]
         return kept
 
     def attempt(self, name: str, make: Callable[[], Any]) -> Any:
@@ -180,23 +189,23 @@ class Run:
         self.notes += [f"preference: {note}" for note in found["notes"]]
         return found
 
-    def agreement(self) -> dict[str, Any]:
-        args = self.args
-        rows = agreement.read_labels(args.labels)
-        found: dict[str, Any] = {"between labelers": agreement.agreement(rows)}
-        if args.folds is not None:
-            flags = shlex.split(args.folds)
-            found["reward model"] = agreement.train_folds(rows, self.folder / "folds", 5, 0, flags)
-        return found
+    def agreement(self) -> dict[str, Any] | None:
+        rows = agreement.read_labels(self.args.labels)
+        todo: dict[str, Callable[[], Any]] = {"between labelers": partial(agreement.agreement, rows)}
+        if self.args.folds is not None:
+            flags = shlex.split(self.args.folds)
+            todo["reward model"] = partial(agreement.train_folds, rows, self.folder / "folds", 5, 0, flags)
+        found = {name: self.attempt(f"agreement, {name}", make) for name, make in todo.items()}
+        return {name: of for name, of in found.items() if of is not None} or None
 
     def completions(self, model: str, path: str, rows: list[dict[str, Any]]) -> Path:
         """The file of a model's completions; other settings have other files."""
         settings = {"model": fingerprint(path), "rows": rows, "tokens": self.args.max_new_tokens}
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-        file = self.folder / "completions" / f"{model}_{digest}.jsonl"
+        number = digest(settings)
+        file = self.kept / f"{model}_{number}.jsonl"
         if not file.exists():
             policy = Policy(path, self.args.batch_size, self.args.max_new_tokens)
-            write_completions(rows, file, {"digest": digest}, policy)
+            write_completions(rows, file, {"digest": number}, policy)
         return file
 
     def truthfulness(self) -> dict[str, Any] | None:
@@ -208,8 +217,7 @@ class Run:
             self.notes.append("truthfulness: answers without figures; they take --truth_judge and --info_judge")
 
         def measure(path: str) -> dict[str, Any]:
-            policy = Policy(path, args.batch_size, 64, cut_at_newline=True)
-            return truthful.measure(policy.complete, judges, questions)
+            return truthful.measure(truthful.answers(self.kept, path, args.batch_size), judges, questions)
 
         settings = {
             "questions": questions,
@@ -221,12 +229,14 @@ class Run:
         args = self.args
         score = toxicity.make_scorer(args.scorer, keep=self.folder / "toxicity" / "scores.jsonl")
         prompts = toxicity.read_prompts(args.toxicity_prompts)[: self.rows["toxicity"]]
+        samples = args.toxicity_samples or self.rows["samples"]
 
         def measure(path: str) -> dict[str, Any]:
-            policy = Policy(path, args.batch_size, 64, cut_at_newline=True)
-            return toxicity.measure(policy.complete, score, prompts, samples=1)
+            complete = toxicity.continuations(self.kept, path, samples, args.batch_size)
+            return toxicity.measure(complete, score, prompts, samples)
 
-        return self.of_each_model("toxicity", {"prompts": prompts, "scorer": fingerprint_of(args.scorer)}, measure)
+        settings = {"prompts": prompts, "samples": samples, "scorer": fingerprint_of(args.scorer)}
+        return self.of_each_model("toxicity", settings, measure)
 
     def bias(self) -> dict[str, Any] | None:
         args = self.args
@@ -263,7 +273,9 @@ class Run:
             batch_size=args.batch_size,
             seed=0,
         )
-        return overoptimisation.measure(given, self.folder / "overoptimisation.rows")
+        found = overoptimisation.measure(given, self.folder / "overoptimisation.rows")
+        self.notes += [f"overoptimisation: {note}" for note in found["notes"]]
+        return found
 
 
 def _failures(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -284,7 +296,8 @@ def main(argv: list[str] | None = None) -> None:
         if parts:  # else an earlier report stays
             parts = {**run.earlier(parts), **parts}
             found = {"models": run.models, "suite": args.suite, "parts": parts, "notes": run.notes}
-            write_report(args.output, {**found, "fingerprints": run.fingerprints})
+            own = {"fingerprints": run.fingerprints, "notes_by_part": run.notes_by_part}
+            write_report(args.output, {**found, **own})
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     for note in run.notes:

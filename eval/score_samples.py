@@ -22,9 +22,11 @@ from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
 
-from files import refuse_input, write_json
-from intervals import figure_with_interval, with_interval
+from files import read_table, refuse_input, write_json
+from intervals import bounds, figure_with_interval, with_interval
 from metrics import Bleu, Drop, RougeL, SquadV2
+
+from instructgpt_trl.data import InputError
 
 Row = dict[str, str]
 Found = dict[str, list[float]]  # value and its interval, by metric
@@ -154,16 +156,23 @@ def score(rows: list[Row], task: str) -> dict[str, dict[str, tuple[Found, int]]]
 
 
 def read_published(file: Path) -> dict[tuple[str, str, str, str], float]:
-    """Figures by task, metric, prompt and model."""
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        rows = list(csv.DictReader(lines))
+    """
+    Figures by task, metric, prompt and model.
+
+    Raises:
+        [`InputError`]: it is no such table, see [`read_table`].
+    """
     key = ("task", "metric", "prompt")
-    return {
-        (*(row[name] for name in key), model): float(value)
-        for row in rows
+    cells = [
+        ((*(row[name] for name in key), model), value)
+        for row in read_table(file, key)
         for model, value in row.items()
-        if model not in key and value
-    }
+        if model not in key
+    ]
+    try:
+        return {cell: float(value) for cell, value in cells if value}
+    except ValueError as error:
+        raise InputError(f"{file}: expected numbers, or nothing, below each model ({error})") from None
 
 
 def table(found: dict[str, dict[str, tuple[Found, int]]], task: str, published: dict) -> str:
@@ -172,13 +181,13 @@ def table(found: dict[str, dict[str, tuple[Found, int]]], task: str, published: 
     for model, prompts in found.items():
         for prompt, (metrics, n) in prompts.items():
             for name, (value, low, high) in metrics.items():
-                line = f"{model:<12} {prompt:<20} {name:<20} {n:>5} {value:8.3f}  {low:.3f} to {high:.3f}"
+                line = f"{model:<12} {prompt:<20} {name:<20} {n:>5} {value:8.3f}  {bounds(low, high):<16}"
                 row = PUBLISHED_PROMPT.get((task, prompt), prompt)
                 figure = published.get((task, PUBLISHED_METRIC.get(name, name), row, model))
                 if figure is not None:
                     inside.append(low <= figure <= high)
                     line += f"   published {figure:.3f} {'inside' if inside[-1] else 'OUTSIDE'}"
-                lines.append(line)
+                lines.append(line.rstrip())
     if published:
         lines.append(f"{sum(inside)} of {len(inside)} published figures are inside their cell's interval")
     return "\n".join(lines)
@@ -198,8 +207,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {args.file}: {error}")
     try:
         published = read_published(args.published) if args.published else {}
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"error: {args.published}: {error}; expected columns task, metric, prompt and one a model")
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
     plain = {
         model: {
             prompt: {**{name: value for name, (value, *_) in metrics.items()}, "n": n}

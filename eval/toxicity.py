@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from bias import PREFIXES
-from files import kept, write_json
+from files import kept, loading, positive, read_texts, refuse_input, write_json
 from intervals import with_interval
 from judges import each, load_function
 from web import post
@@ -66,7 +66,8 @@ def _perspective(text: str, key: str) -> float:
 def _classifier(path: str) -> Scorer:
     from transformers import pipeline
 
-    classify = pipeline("text-classification", path, top_k=None)
+    with loading(path):
+        classify = pipeline("text-classification", path, top_k=None)
     known = list(classify.model.config.id2label.values())
     labels = [label for label in known if label.lower() in ("toxic", "toxicity")]
     if not labels:
@@ -82,23 +83,8 @@ def _classifier(path: str) -> Scorer:
 
 
 def read_prompts(source: str) -> list[str]:
-    """
-    Prompts of RealToxicityPrompts, where they are {"text": ...}, or plain ones: .jsonl, .parquet or a hub id.
-
-    Raises:
-        [`InputError`]: it cannot be read, or has no `prompt`.
-    """
-    from datasets import load_dataset
-
-    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-    try:
-        kind = kinds.get(Path(source).suffix.lower())
-        rows = load_dataset(kind, data_files=source, split="train") if kind else load_dataset(source, split="train")
-        prompts = [row["prompt"]["text"] if isinstance(row["prompt"], dict) else row["prompt"] for row in rows]
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{source}: expected rows with `prompt` ({reason})") from None
-    return prompts
+    """Prompts of RealToxicityPrompts, where they are {"text": ...}, or plain ones; see [`read_texts`]."""
+    return read_texts(source, ("prompt",))
 
 
 def summary(scores: np.ndarray) -> dict[str, Any]:
@@ -115,12 +101,26 @@ def summary(scores: np.ndarray) -> dict[str, Any]:
     return found
 
 
-def measure(complete: Callable[[list[str]], list[str]], score: Scorer, prompts: Sequence[str], samples: int) -> dict:
-    """By prefix the figures, and the continuations with their scores."""
+def continuations(
+    folder: Path, path: str, samples: int, batch_size: int, max_new_tokens: int = 64
+) -> Callable[[Sequence[str]], list[str]]:
+    """A policy's, greedy or with several samples at temperature 1, to the first newline; see [`completer`]."""
+    from generate import completer
+
+    sampling = {"temperature": float(samples > 1), "cut_at_newline": True}
+    return completer(folder, path, batch_size=batch_size, max_new_tokens=max_new_tokens, **sampling)
+
+
+def measure(
+    complete: Callable[[Sequence[str]], list[str]], score: Scorer, prompts: Sequence[str], samples: int
+) -> dict:
+    """By prefix the figures, and the continuations with their scores; all are sampled before one is scored."""
+    sampled = {
+        name: complete([f"{prefix} {prompt}".strip() for prompt in prompts for _ in range(samples)])
+        for name, prefix in PREFIXES.items()
+    }
     found = {}
-    for name, prefix in PREFIXES.items():
-        given = [f"{prefix} {prompt}".strip() for prompt in prompts for _ in range(samples)]
-        texts = complete(given)
+    for name, texts in sampled.items():
         scores = np.array(score(texts), dtype=float).reshape(len(prompts), samples)
         found[name] = {**summary(scores), "texts": texts, "scores": scores.ravel().tolist()}
     return found
@@ -130,21 +130,21 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a policy, or hub id")
     parser.add_argument("--prompts", default="allenai/real-toxicity-prompts", help="file or hub id with `prompt`")
-    parser.add_argument("--limit", type=int, default=5000, help="prompts at most; the paper has 5,000")
+    parser.add_argument("--limit", type=positive, default=5000, help="prompts at most; the paper has 5,000")
     parser.add_argument("--scorer", required=True, help="perspective, classifier:DIR or python:FILE.py:FUNCTION")
-    parser.add_argument("--samples", type=int, default=1, help="continuations a prompt")
-    parser.add_argument("--max_new_tokens", type=int, default=64)
-    parser.add_argument("--batch_size", type=int, default=16, help="continuations at a time")
+    parser.add_argument("--samples", type=positive, default=1, help="continuations a prompt")
+    parser.add_argument("--max_new_tokens", type=positive, default=64)
+    parser.add_argument("--batch_size", type=positive, default=16, help="continuations at a time")
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write")
     args = parser.parse_args(argv)
     try:
+        refuse_input(args.output, args.prompts)
         score = make_scorer(args.scorer, keep=args.output.with_suffix(".scores.jsonl"))
         prompts = read_prompts(args.prompts)[: args.limit]
-        from generate import Policy
-
-        temperature = float(args.samples > 1)
-        policy = Policy(args.model, args.batch_size, args.max_new_tokens, temperature, cut_at_newline=True)
-        found = measure(policy.complete, score, prompts, args.samples)
+        complete = continuations(
+            args.output.with_suffix(".rows"), args.model, args.samples, args.batch_size, args.max_new_tokens
+        )
+        found = measure(complete, score, prompts, args.samples)
         write_json(found, args.output)
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")

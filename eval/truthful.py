@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from files import write_json
+from files import positive, read_texts, refuse_input, write_json
 from intervals import with_interval
 from judges import each, load_function
 from scipy.special import expit
@@ -91,39 +91,27 @@ def summary(true: Sequence[float | None], informative: Sequence[float | None] | 
     return found
 
 
-def read_questions(file: str) -> list[str]:
-    """
-    Questions of TruthfulQA.csv (`Question`) or of the hub's columns (`question`), or of a hub id.
+def read_questions(source: str) -> list[str]:
+    """Questions of TruthfulQA.csv (`Question`) or of the hub's columns (`question`); see [`read_texts`]."""
+    return read_texts(source, ("question", "Question"), "generation", "validation")
 
-    Raises:
-        [`InputError`]: it cannot be read, or has none of these columns.
-    """
-    from datasets import load_dataset
 
-    kinds = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-    try:
-        if kind := kinds.get(Path(file).suffix.lower()):
-            rows = load_dataset(kind, data_files=file, split="train")
-        else:
-            rows = load_dataset(file, "generation", split="validation")
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{file}: expected a .csv, .jsonl or .parquet file or a hub id ({reason})") from None
-    column = next((name for name in ("question", "Question") if name in rows.column_names), None)
-    if column is None:
-        raise InputError(f"{file}: no column `question`; found {', '.join(rows.column_names)}")
-    return list(rows[column])
+def answers(folder: Path, path: str, batch_size: int) -> Callable[[Sequence[str]], list[str]]:
+    """A policy's, greedy and to the first newline; see [`completer`]."""
+    from generate import completer
+
+    return completer(folder, path, batch_size=batch_size, max_new_tokens=64, cut_at_newline=True)
 
 
 def measure(
     complete: Callable[[list[str]], list[str]], judges: dict[str, Judge], questions: Sequence[str]
 ) -> dict[str, Any]:
     """By prompt the answers of a policy, and with a judge of "True" (and of "Helpful") the figures."""
-    answers = {kind: complete([prompt_of(question, kind) for question in questions]) for kind in PROMPTS}
-    found: dict[str, Any] = {"questions": list(questions), "answers": answers}
+    answered = {kind: complete([prompt_of(question, kind) for question in questions]) for kind in PROMPTS}
+    found: dict[str, Any] = {"questions": list(questions), "answers": answered}
     if "True" in judges:
         found["figures"] = {}
-        for kind, said in answers.items():
+        for kind, said in answered.items():
             of = {word: judge(list(zip(questions, said, strict=True))) for word, judge in judges.items()}
             found["figures"][kind] = summary(of["True"], of.get("Helpful"))
     return found
@@ -133,23 +121,21 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a policy, or hub id")
     parser.add_argument("--questions", default="truthfulqa/truthful_qa", help="file or hub id with `question`")
-    parser.add_argument("--limit", type=int, help="questions at most")
+    parser.add_argument("--limit", type=positive, help="questions at most")
     parser.add_argument("--truth_judge", help="folder, hub id or python:FILE.py:FUNCTION")
     parser.add_argument("--info_judge", help="the same, for whether an answer is informative")
-    parser.add_argument("--batch_size", type=int, default=8, help="answers at a time")
+    parser.add_argument("--batch_size", type=positive, default=8, help="answers at a time")
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write")
     args = parser.parse_args(argv)
     try:
+        refuse_input(args.output, args.questions)
         questions = read_questions(args.questions)[: args.limit]
         judges = {
             word: make_judge(name, word)
             for word, name in (("True", args.truth_judge), ("Helpful", args.info_judge))
             if name
         }
-        from generate import Policy
-
-        policy = Policy(args.model, args.batch_size, 64, cut_at_newline=True)
-        found = measure(policy.complete, judges, questions)
+        found = measure(answers(args.output.with_suffix(".rows"), args.model, args.batch_size), judges, questions)
         write_json(found, args.output)
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")

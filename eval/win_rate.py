@@ -7,9 +7,11 @@ How often is a policy's completion preferred to a baseline's?
         --output win_rate.json
 
 Rows of a completions file have `prompt` and `completion`, and `category` for a breakdown; the n-th completion of a
-prompt is compared with the n-th of the baseline. A tie counts as half. Judges: see judges.py.
+prompt is compared with the n-th of the baseline. A tie counts as half. Judges: see judges.py; an endpoint is asked in
+both orders, a function in one.
 
-Rows of a labels file are rankings with `models` (names as above, one for each of `ranks`) and `labeler_id`. `group`
+Rows of a labels file are rankings with `models` (names as above, one for each of `ranks`) and `labeler_id`. Without
+`models` a completion is of the models in whose file it stands for its prompt, and others are left out. `group`
 ("training", "held_out") parts labelers. Of each completion `ratings` (1 to 7) and `metadata` (questions answered true
 or false) are averaged.
 
@@ -28,7 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from files import key_of, named, refuse_input, said, write_json
-from intervals import interval, with_interval
+from intervals import bounds, interval, with_interval
 from judges import Comparison, Judge, make_judge
 
 from instructgpt_trl.data import InputError, load_rows
@@ -113,37 +115,63 @@ def compare(models: dict[str, dict], baseline: str, judge: Judge) -> tuple[dict[
 def by_labelers(
     rows: Sequence[Row], models: dict[str, dict], baseline: str
 ) -> tuple[dict[str, list[Preference]], list[str]]:
-    """Preferences of each model but the baseline, of every labeler who ranked both, and what was left out."""
+    """
+    Preferences of each model but the baseline, of every labeler who ranked both, and what was left out. Of several
+    completions of one of them each is compared with each of the other.
+    """
     found: dict[str, list[Preference]] = {name: [] for name in models if name != baseline}
     lone = 0
     for row in rows:
-        of = {
-            name: (rank, text)
-            for name, rank, text in zip(row["models"], row["ranks"], row["completions"], strict=True)
-        }
-        ranked = [name for name in found if name in of and baseline in of]
-        lone += not ranked
-        for name in ranked:
-            (rank, text), (rank_of_baseline, baselines) = of[name], of[baseline]
+        ranked = list(zip(row["models"], row["ranks"], map(_text, row["completions"]), strict=True))
+        pairs = [(own, of) for own in ranked if own[0] in found for of in ranked if of[0] == baseline]
+        lone += not pairs
+        for (name, rank, text), (_, rank_of_baseline, baselines) in pairs:
             value = (rank < rank_of_baseline) + 0.5 * (rank == rank_of_baseline)
             where = (row.get("category"), row.get("labeler_id"), row.get("group"))
-            found[name].append(Preference(key_of(row["prompt"]), value, _length(text) - _length(baselines), *where))
+            found[name].append(Preference(key_of(row["prompt"]), value, len(text) - len(baselines), *where))
     return found, [f"{lone} rankings without a model and {baseline} are left out"] * bool(lone)
 
 
-def _length(completion: Any) -> int:
-    return len(completion) if isinstance(completion, str) else sum(len(turn["content"]) for turn in completion)
+def _text(completion: Any) -> str:
+    return completion if isinstance(completion, str) else "".join(turn["content"] for turn in completion)
+
+
+def with_models(rows: Sequence[Row], models: dict[str, dict]) -> tuple[list[Row], list[str]]:
+    """
+    Rows that name no `models` with those of their completions: each is of every model that said it to the prompt, and
+    one that none said is left out, and counted.
+    """
+    who: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for name, of in models.items():
+        for (prompt, _), row in of.items():
+            who[prompt, row["completion"]].add(name)
+    found, unknown = [], 0
+    for row in rows:
+        if not row.get("models"):
+            said_by = [sorted(who.get((key_of(row["prompt"]), _text(one)), ())) for one in row["completions"]]
+            unknown += said_by.count([])
+            places = [(i, name) for i, names in enumerate(said_by) for name in names]
+            own = [name for name in ("completions", "ranks", "ratings", "metadata") if row.get(name)]
+            row = {
+                **row,
+                "models": [name for _, name in places],
+                **{one: [row[one][i] for i, _ in places] for one in own},
+            }
+        found.append(row)
+    return found, [f"{unknown} completions that labelers ranked are in no file, and are left out"] * bool(unknown)
 
 
 def read_labels(file: str) -> list[Row]:
     """
+    Rankings, of which a completion may be empty.
+
     Raises:
-        [`InputError`]: a row has not a name, and where they are there a rating and metadata, for each of its ranks.
+        [`InputError`]: where they are there, `models`, ratings or metadata are not one for each of the ranks.
     """
-    rows = list(load_rows(file, "ranking"))
+    rows = list(load_rows(file, "ranking", allow_empty=True))
     for number, row in enumerate(rows, 1):
         count = len(row["ranks"])
-        if not row.get("models") or len(row["models"]) != count or len(set(row["models"])) != count:
+        if row.get("models") and not len(row["models"]) == len(set(row["models"])) == count:
             raise InputError(
                 f"{file}, row {number}: expected `models`, a name for each of the {count} ranks, each once"
             )
@@ -239,9 +267,7 @@ def table(found: dict[str, Any], baseline: str) -> str:
             continue
         value, low, high = of["win_rate"]
         equal = "" if of["length_controlled"] is None else f"{of['length_controlled']:.3f}"
-        lines.append(
-            f"{name:<16} {of['n']:5} {value:9.3f}  {f'{low:.3f} to {high:.3f}':<16} {of['ties']:5.2f}  {equal}"
-        )
+        lines.append(f"{name:<16} {of['n']:5} {value:9.3f}  {bounds(low, high):<16} {of['ties']:5.2f}  {equal}")
     return "\n".join([*lines, f"against {baseline}; a tie counts as half"])
 
 
@@ -249,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--completions", required=True, nargs="+", metavar="NAME=FILE", help="two or more")
     parser.add_argument("--baseline", required=True, help="name of one of them")
-    parser.add_argument("--judge", help="reward_model:DIR, openai:MODEL@URL or python:FILE.py:FUNCTION")
+    parser.add_argument("--judge", help="reward_model:DIR, openai:MODEL@URL or python:FILE.py:FUNCTION (not swapped)")
     parser.add_argument("--labels", help="rankings by labelers, instead of a judge")
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write")
     args = parser.parse_args(argv)
@@ -271,8 +297,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     models = {name: read_completions(file) for name, file in files.items()}
     more: dict[str, Any] = {}
     if args.labels:
-        rows = read_labels(args.labels)
+        rows, unknown = with_models(read_labels(args.labels), models)
         preferences, problems = by_labelers(rows, models, args.baseline)
+        problems = [*unknown, *problems]
         if means := ratings_and_metadata(rows):
             more["means"] = means
     else:

@@ -1,9 +1,12 @@
 """
-The equations of `instructgpt_trl.functional`, in NumPy and plain Python loops, written from the paper and design.
+The equations of `instructgpt_trl.functional`, in NumPy and plain Python loops, written from the paper and design; and
+the rules of SQuAD v2's evaluation.
 
 Nothing here comes from the package: one loop for one sum, one `if` for one case. Slow and obvious on purpose. Only
 what a mask selects is ever read, so garbage elsewhere cannot matter.
 """
+
+import string
 
 import numpy as np
 
@@ -122,3 +125,35 @@ def value_loss(values, old_values, returns, mask, cliprange=0.2):
             total += max((values[b, t] - returns[b, t]) ** 2, (near - returns[b, t]) ** 2)
             count += 1
     return 0.5 * total / count if count else 0.0
+
+
+def squad_tokens(text):
+    """Lower case, without ASCII punctuation, without the whole words a, an and the, cut at white space."""
+    runs = [""]  # of letters, digits and their like, and of everything else, in turn
+    for char in text.lower():
+        if char not in string.punctuation:
+            if runs[-1] and char.isalnum() != runs[-1][-1].isalnum():
+                runs.append("")
+            runs[-1] += char
+    return "".join(" " if run in ("a", "an", "the") else run for run in runs).split()
+
+
+def squad_scores(prediction, answers):
+    """Exact match and F1 against the best of the answers that have a word, or against no answer if none has."""
+    words, exact, best = squad_tokens(prediction), 0.0, 0.0
+    for answer in [squad_tokens(one) for one in answers if squad_tokens(one)] or [[]]:
+        exact = max(exact, 1.0 if answer == words else 0.0)
+        same, left = 0, list(answer)
+        for word in words:
+            if word in left:
+                left.remove(word)
+                same += 1
+        if not words or not answer:  # no answer is right if both are empty, and wrong if one is
+            f1 = 1.0 if words == answer else 0.0
+        elif same == 0:
+            f1 = 0.0
+        else:
+            precision, recall = same / len(words), same / len(answer)
+            f1 = 2 * precision * recall / (precision + recall)
+        best = max(best, f1)
+    return exact, best

@@ -240,5 +240,7 @@ def test_from_the_command_line(lm, file_of, tmp_path, capsys):
     alignment_tax.main([*given, "--data", f"sst={file_of('sst')}", "--zero_shot_only"])
     assert json.loads(output.read_text())["tasks"]["sst, 0-shot"]["acc"]["own"]["n"] == 1
     assert "sst, 0-shot" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="is a folder; expected a file"):
+        alignment_tax.main([*given, "--output", str(tmp_path)])
     with pytest.raises(SystemExit, match="--data nope"):
         alignment_tax.main([*given, "--data", "nope=x.jsonl"])

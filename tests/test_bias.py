@@ -61,6 +61,23 @@ def test_winogender_has_a_pair_of_each_template_with_a_participant(tmp_path):
         read_winogender(file)
 
 
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("winogender", "sentid\tsentence\nx.male.txt\ts\n", "row 1: `sentid` is 'x.male.txt'; expected OCCUPATION"),
+        ("winogender", "sentid\tsentence\nx.y.0.male.txt\n", "row 1: expected 2 values"),
+        ("crows_pairs", "sent_more,sent_less\na,b\nc\n", "row 2: expected 2 values"),
+        ("crows_pairs", "sent_more,sent_less\na,b,c\n", "row 1: expected 2 values"),
+        ("crows_pairs", 'sent_more,sent_less\n"a,b\n', "expected CSV in UTF-8"),
+        ("crows_pairs", "sent_more,sent_less\n", "no rows below the header"),
+    ],
+)
+def test_pairs_that_cannot_be_read(tmp_path, name, text, message):
+    (tmp_path / "in").write_text(text)
+    with pytest.raises(SystemExit, match=f"error: .*/in(, |: ){message}"):
+        bias.main(["--model", "x", f"--{name}", str(tmp_path / "in"), "--output", str(tmp_path / "out.json")])
+
+
 def test_crows_pairs(tmp_path):
     file = tmp_path / "c.csv"
     file.write_text(',sent_more,sent_less,stereo_antistereo\n0,"a, b",c,stereo\n1,d,e,antistereo\n')
@@ -107,3 +124,9 @@ def test_from_the_command_line(folder, tmp_path):
         bias.main(["--model", folder, "--output", str(output)])
     with pytest.raises(SystemExit, match="none.csv"):
         bias.main(["--model", folder, "--crows_pairs", "none.csv", "--output", str(output)])
+    (tmp_path / "no_model").mkdir()
+    for name in ("gone", "no_model"):
+        with pytest.raises(SystemExit, match=f"error: .*{name}: cannot be loaded .*expected the folder of a model"):
+            bias.main(["--model", str(tmp_path / name), "--crows_pairs", str(file), "--output", str(output)])
+    with pytest.raises(SystemExit, match="is a folder; expected a file"):
+        bias.main(["--model", folder, "--crows_pairs", str(file), "--output", str(tmp_path)])

@@ -210,6 +210,26 @@ def test_what_the_critic_buys(quick, monkeypatch, capsys):
     assert "RLOO" in capsys.readouterr().out
 
 
+def test_a_setting_that_fails_leaves_the_others(monkeypatch):
+    """Of PPO the first of three, of RLOO all; the best of those that are there is chosen."""
+    world = critic.Comparison.__new__(critic.Comparison)
+    monkeypatch.setattr(critic.Comparison, "load", lambda self, name: name)
+    monkeypatch.setattr(critic.Comparison, "measure", lambda self, model: {"kl": 1.0})
+
+    def trained(self, name, rate, beta):
+        if name == "rloo" or rate == 1e-4:
+            raise RuntimeError("out of memory")
+        return {"policy": name, "objective": -rate}
+
+    monkeypatch.setattr(critic.Comparison, "trained", trained)
+    monkeypatch.setattr(critic, "SETTINGS", {name: critic.SETTINGS[name] for name in ("ppo", "rloo")})
+    rows, failed = world.compare()
+    found = [(row["policy"], row.get("objective"), row["chosen"]) for row in rows]
+    assert found == [("sft", None, True), ("ppo_ptx", None, True), ("ppo", -3e-4, True), ("ppo", -1e-3, False)]
+    assert [one.split(" ")[0] for one in failed] == ["PPO", "RLOO", "RLOO", "RLOO"]
+    assert failed[0] == "PPO 0.0001 0.02: RuntimeError: out of memory"
+
+
 def test_pairs_of_the_comparison(quick):
     """As many completions as PPO samples; the better one by the reward model is chosen."""
     world = critic.Comparison(quick[0], 3, steps=2)

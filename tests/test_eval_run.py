@@ -11,6 +11,8 @@ import report
 from conftest import make_llama
 from report import Panel, cells, markdown, panels, picture, shown, write_report
 
+from instructgpt_trl.data import InputError
+
 
 def load_run():
     """eval/run.py under a name of its own: the demo has a run.py too."""
@@ -248,6 +250,27 @@ def test_parts_of_an_earlier_call_stay(stage):
     assert "toxicity" in json.loads((stage / "out" / "report.json").read_text())["parts"]
 
 
+@pytest.mark.parametrize("given, count", [({}, 1), ({"suite": ["paper"]}, 25), ({"toxicity_samples": ["3"]}, 3)])
+def test_several_continuations_have_a_most_toxic_one(stage, monkeypatch, given, count):
+    """Scores of a prompt's continuations rise from 0 to 1."""
+    import toxicity
+
+    asked = []
+    monkeypatch.setattr(toxicity, "make_scorer", lambda *a, **k: lambda texts: asked.append(texts) or numbers(texts))
+
+    def numbers(texts):
+        return [i % count / max(count - 1, 1) for i in range(len(texts))]
+
+    none = dict.fromkeys(("judge", "questions", "truth_judge", "crows_pairs", "data", "text"), [])
+    eval_run.main(flags(stage, **none, models=[f"base={stage / 'base'}"], **given))
+    found = json.loads((stage / "out" / "report.json").read_text())["parts"]
+    of = found["toxicity"]["base"]["basic"]
+    assert len(asked[0]) == of["n"] == 6 * count
+    assert of.get("expected_maximum") == ([1.0] * 3 if count > 1 else None)
+    titles = [panel.title for panel in panels(found)]
+    assert ("RealToxicityPrompts: expected maximum" in titles) == (count > 1)
+
+
 def test_what_a_scorer_could_not_say_is_noted(stage):
     """It fails on the first text, of six of the first model with the first prefix."""
     body = (stage / "judge.py").read_text()
@@ -258,6 +281,12 @@ def test_what_a_scorer_could_not_say_is_noted(stage):
     failed = [note for note in found["notes"] if note.startswith("toxicity")]
     assert failed == ["toxicity, base, basic: 1 of 6 were not judged"]
     assert found["parts"]["toxicity"]["base"]["basic"]["n"] == 5
+    earlier = ["toxicity: the figures are of an earlier call", *failed]
+    for changed in ({"scorer": ["nonsense"]}, {"scorer": []}):  # the note stays with its figures, through two calls
+        eval_run.main(flags(stage, **changed))
+        found = json.loads((stage / "out" / "report.json").read_text())
+        (why, *kept) = [note for note in found["notes"] if note.startswith("toxicity")]
+        assert kept == earlier and ("scorer 'nonsense'" in why or "not run" in why)
 
 
 def test_a_judge_that_says_otherwise_or_is_repaired_is_asked_again(stage):
@@ -288,15 +317,45 @@ def test_a_judge_that_cannot_be_read_is_named_before_anything_is_sampled(stage):
     assert not (stage / "out" / "completions").exists()
 
 
-def test_a_scorer_that_always_fails_is_named_and_asked_again(stage):
+def test_a_scorer_that_always_fails_is_named_and_asked_again(stage, monkeypatch):
+    """Of what was sampled for it, as the judge of truth is."""
     body = (stage / "judge.py").read_text()
-    (stage / "judge.py").write_text(body.replace("return 0.25", "raise RuntimeError('no key')"))
+    failing = body.replace("return 0.25", "raise RuntimeError('no key')").replace("return 1.0", "return 'no'")
+    (stage / "judge.py").write_text(failing)
     eval_run.main(flags(stage))
     found = json.loads((stage / "out" / "report.json").read_text())
-    assert "toxicity" not in found["parts"] and any("no key" in note for note in found["notes"])
+    assert not {"toxicity", "truthfulness"} & {*found["parts"]} and any("no key" in note for note in found["notes"])
     (stage / "judge.py").write_text(body)
+    monkeypatch.setattr("generate.Policy.__init__", None)
     eval_run.main(flags(stage))
-    assert "toxicity" in json.loads((stage / "out" / "report.json").read_text())["parts"]
+    assert {"toxicity", "truthfulness"} < {*json.loads((stage / "out" / "report.json").read_text())["parts"]}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_one_half_of_agreement_without_the_other(stage, monkeypatch, shared):
+    """Labelers who share no pair have folds all the same, and folds that fail leave their agreement."""
+    folds = FOUND["agreement"]["reward model"]
+
+    def train_folds(*args):
+        if shared:
+            raise InputError("no folds")
+        return folds
+
+    monkeypatch.setattr("agreement.train_folds", train_folds)
+    rows = [
+        {"prompt": "p" if shared else who, "completions": ["a", "b"], "ranks": [1, 2], "labeler_id": who}
+        for who in ("x", "y")
+    ]
+    (stage / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = ("prompts", "judge", "questions", "truth_judge", "scorer", "crows_pairs", "data", "text")
+    only = dict.fromkeys(names, []) | {"labels": [str(stage / "labels.jsonl")], "folds": ["--flag 1"]}
+    eval_run.main(flags(stage, **only))
+    found = json.loads((stage / "out" / "report.json").read_text())
+    assert list(found["parts"]["agreement"]) == ["between labelers" if shared else "reward model"]
+    name, reason = ("reward model", "no folds") if shared else ("between labelers", "no two labelers ranked")
+    assert any(note.startswith(f"agreement, {name}: {reason}") for note in found["notes"])
+    (panel,) = panels(found["parts"])
+    assert panel.title.startswith("between labelers" if shared else "of reward models")
 
 
 def test_one_model_has_no_win_rate_but_all_else(stage):

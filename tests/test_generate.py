@@ -180,6 +180,32 @@ def test_nothing_is_overwritten_or_mixed(run, tmp_path):
         generate.main(["--model", "x", "--prompts", str(tmp_path / "nothing.jsonl"), "--output", str(tmp_path / "o")])
 
 
+@pytest.mark.parametrize("text", ["\\x00\n", "[]\n", '{"settings": 1}\n', '{"settings": {}}\n{"completion": "a"}\n'])
+def test_a_begun_file_that_is_none_is_named(run, tmp_path, text):
+    (tmp_path / "out.jsonl.part").write_text(text)
+    with pytest.raises(SystemExit, match="out.jsonl.part: holds no completions; delete it"):
+        run()
+    assert (tmp_path / "out.jsonl.part").read_text() == text
+
+
+def test_a_folder_that_is_no_model_or_no_output(run, tmp_path):
+    (tmp_path / "no_model").mkdir()
+    (tmp_path / "no_model" / "config.json").write_text("{}")
+    for name in ("gone", "no_model"):
+        with pytest.raises(SystemExit, match=f"error: .*{name}: cannot be loaded .*expected the folder of a model"):
+            run("out.jsonl", "--model", str(tmp_path / name))
+    with pytest.raises(SystemExit, match="no_model: is a folder; expected a file"):
+        run("no_model")
+
+
+@pytest.mark.parametrize("flag", ["--batch_size", "--samples", "--max_new_tokens"])
+@pytest.mark.parametrize("value", ["0", "-1", "x"])
+def test_numbers_below_one_are_refused(run, capsys, flag, value):
+    with pytest.raises(SystemExit, match="2"):
+        run("out.jsonl", flag, value)
+    assert f"argument {flag}: expected a whole number, 1 or more, found '{value}'" in capsys.readouterr().err
+
+
 def test_what_a_judge_depends_on(tmp_path, monkeypatch):
     """Its file; of no judge nothing, not the folder that one happens to be in."""
     monkeypatch.chdir(tmp_path)

@@ -147,7 +147,26 @@ def test_against_a_judge(stage, monkeypatch):
     assert all(0 <= point["gold"][0] <= 1 for point in found["run"])
 
 
-def test_a_gold_that_fails_on_some_leaves_the_others(stage, monkeypatch):
+def test_curves_are_of_the_same_prompts():
+    """Gold is minus the score, and fails on a candidate of one prompt and on a checkpoint's answer to another."""
+    rng = np.random.default_rng(0)
+    kl, of_start, scores = rng.random((2, 6)), rng.random((6, 4)), rng.random((2, 6))
+    gold_of_start, golds = -of_start, -scores
+    gold_of_start[1, of_start[1].argmin()] = golds[1, 4] = np.nan  # the worst candidate, which best of 4 never takes
+    of_run = {step: np.array([kl[i], scores[i], golds[i]]) for i, step in enumerate((2, 10))}
+    found = overoptimisation.curves(of_run, np.array([of_start, gold_of_start]), [1, 4])
+    assert (found["prompts"], found["left_out"]) == (4, 2)
+    there = [0, 2, 3, 5]
+    for point in found["run"] + found["best_of_n"]:
+        assert point["gold"][0] == pytest.approx(-point["score"][0])
+    assert [point["score"][0] for point in found["run"]] == pytest.approx(scores[:, there].mean(1))
+    assert [point["kl"][0] for point in found["run"]] == pytest.approx(kl[:, there].mean(1))
+    assert found["best_of_n"][1]["score"][0] == pytest.approx(of_start[there].max(1).mean())
+    with pytest.raises(InputError, match="none of 6 prompts"):
+        overoptimisation.curves(of_run, np.array([of_start, np.full((6, 4), np.nan)]), [1])
+
+
+def test_a_gold_that_fails_on_some_leaves_the_others(stage, monkeypatch, capsys):
     monkeypatch.setattr(overoptimisation, "reward_score", length)
     (stage / "gold.py").write_text(
         "def gold(prompt, completion):\n    assert prompt != 'cd'\n    return 5.0\n"
@@ -155,8 +174,17 @@ def test_a_gold_that_fails_on_some_leaves_the_others(stage, monkeypatch):
     )
     found = run(stage, "--gold", f"python:{stage / 'gold.py'}:gold")
     assert all(point["gold"] == [5.0] * 3 for point in found["run"] + found["best_of_n"])
+    assert (found["prompts"], found["left_out"], found["failed"]) == (2, 1, 4 + 2)
+    note = "gold reward failed on 6 of 18 completions; 1 of 3 prompts are left out of all points"
+    assert found["notes"] == [note] and f"note: {note}" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="failed on 12 of 12.*no key"):
         run(stage, "--gold", f"python:{stage / 'gold.py'}:never")
+
+
+def test_best_of_none_is_refused(stage, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(stage, "--gold", "x", "--best_of", "0")
+    assert "argument --best_of: expected a whole number, 1 or more, found '0'" in capsys.readouterr().err
 
 
 def test_what_is_missing_is_named(stage, monkeypatch):

@@ -3,12 +3,16 @@
 import csv
 import json
 import math
+import random
 
+import alignment_tax
 import numpy as np
 import pytest
+import reference
 import sacrebleu
 import score_samples
-from intervals import figure_with_interval, interval
+import win_rate
+from intervals import bounds, figure_with_interval, interval
 from metrics import Bleu, Drop, RougeL, SquadV2, squad_scores, squad_words
 
 # Metrics
@@ -32,6 +36,25 @@ from metrics import Bleu, Drop, RougeL, SquadV2, squad_scores, squad_words
 )
 def test_squad_rules_by_hand(said, accepted, em, f1):
     assert squad_scores(said, accepted) == (em, pytest.approx(f1, abs=1e-12))
+
+
+def test_squad_rules_against_the_reference():
+    """Pairs of what is odd: articles, punctuation, letters of other alphabets, marks and spaces that are no ASCII."""
+    rng = random.Random(0)
+    parts = ["", *"the a an The An, A. the's ... -- _ a_b new-york NEW York York 3.5 35 theme banana".split(" ")]
+    parts += ["an\u2019t", "caf\u00e9", "cafe\u0301", "a\u0301", "\u0430n", "\u2014", "\u0130", "i\u0307", "\u00df"]
+    parts += ["\u03a3\u03b1\u03c2", "\u7684", "\u00bd", "a\u200bb", "\u00a0", "\u3000", "\u2028"]
+
+    def text():
+        return "".join(rng.choice(parts) + rng.choice([" ", "  ", "\n", "\t", ""]) for _ in range(rng.randrange(6)))
+
+    seen = set()
+    for _ in range(20_000):
+        said, accepted = text(), [text() for _ in range(rng.randrange(4))]
+        expected = reference.squad_scores(said, accepted)
+        assert squad_scores(said, accepted) == pytest.approx(expected, abs=1e-9), (said, accepted)
+        seen.add(expected)
+    assert {(0, 0), (1, 1)} < seen and len(seen) > 10  # right, wrong, and in between
 
 
 def test_squad_words_keep_what_is_not_an_article_or_ascii_punctuation():
@@ -122,6 +145,17 @@ def test_one_group_has_no_interval():
     for values, groups in (([], None), ([1.0], None), ([0, 1, 1], ["a"] * 3)):
         assert all(math.isnan(bound) for bound in interval(values, groups))
     assert interval([0.5, 0.5]) == (0.5, 0.5)
+
+
+def test_no_interval_is_no_text(tmp_path, capsys):
+    assert bounds(0.25, 1) == "0.250 to 1.000" and bounds(-0.5, 0.5, "+.1f") == "-0.5 to +0.5"
+    assert bounds(*interval([1.0])) == ""
+    run(tmp_path, [{"model_type": "m", "ref_text": "a", "sample": "a"}], "drop")
+    assert "nan" not in capsys.readouterr().out
+    of = {"n": 1, "win_rate": [1.0, math.nan, math.nan], "length_controlled": None, "ties": 0.0}
+    assert "nan" not in win_rate.table({"m": of}, "sft")
+    one = {"value": [1.0, math.nan, math.nan], "change": [0.5, math.nan, math.nan], "n": 1}
+    assert "nan" not in alignment_tax.table({"tasks": {"t": {"f1": {"m": one}}}, "notes": []})
 
 
 def test_intervals_refuse_what_is_no_number():
@@ -222,6 +256,21 @@ def test_bad_files(tmp_path, text, task, message):
         score_samples.main([str(file), "--task", task, "--output", str(output)])
     assert str(file) in str(stopped.value)
     assert output.read_text() == "before" and sorted(p.name for p in tmp_path.iterdir()) == ["in.csv", "scores.json"]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("task,metric,prompt,m\ndrop,f1,p,1,2\n", "table.csv, row 1: expected 4 values"),
+        ("task,metric,m\ndrop,f1,1\n", "table.csv: no column prompt; found task"),
+        ("task,metric,prompt,m\ndrop,f1,p,high\n", "table.csv: expected numbers.*'high'"),
+    ],
+)
+def test_published_figures_that_cannot_be_read(tmp_path, text, message):
+    (tmp_path / "table.csv").write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        rows = [{"model_type": "m", "ref_text": "a", "sample": "a"}]
+        run(tmp_path, rows, "drop", "--published", str(tmp_path / "table.csv"))
 
 
 def test_a_file_that_is_not_there_or_not_text(tmp_path):

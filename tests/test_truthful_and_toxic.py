@@ -82,14 +82,40 @@ def test_questions_from_files(tmp_path):
         truthful.read_questions(str(tmp_path / "gone.csv"))
 
 
-def test_truthful_from_the_command_line(folder, tmp_path):
+@pytest.mark.parametrize("read, column", [(truthful.read_questions, "question"), (toxicity.read_prompts, "prompt")])
+def test_a_text_that_is_not_there_is_no_text(tmp_path, read, column):
+    """Nor does it become "None"; what a table says as it stands, such as NA, is one."""
+    file = tmp_path / "rows.csv"
+    file.write_text(f"n,{column}\n1,NA\n2,None\n3,007\n4,null\n")
+    assert read(str(file)) == ["NA", "None", "007", "null"]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({column: value, "n": 1}) + "\n" for value in ("a", None)))
+    file.write_text(f"n,{column}\n1,a\n2,\n")
+    for source in (rows, file):
+        with pytest.raises(InputError, match=rf"{source.name}, row 2: `{column}` is .*expected a text"):
+            read(str(source))
+    rows.write_text(json.dumps({column: {"text": None}}) + "\n")
+    with pytest.raises(InputError, match="row 1"):
+        read(str(rows))
+    for row in ("2", "2,a,b"):
+        file.write_text(f"n,{column}\n1,a\n{row}\n")
+        with pytest.raises(InputError, match="rows.csv, row 2: expected 2 values"):
+            read(str(file))
+
+
+def test_truthful_from_the_command_line(folder, tmp_path, monkeypatch):
     (tmp_path / "q.csv").write_text("Question\nWhy?\nHow?\n")
     given = ["--model", folder, "--questions", str(tmp_path / "q.csv"), "--output", str(tmp_path / "out.json")]
     truthful.main(given)
     found = json.loads((tmp_path / "out.json").read_text())
     assert "figures" not in found
     assert {kind: len(said) for kind, said in found["answers"].items()} == dict.fromkeys(PROMPTS, 2)
+    with pytest.raises(SystemExit, match="failed on 2 of 2"):
+        truthful.main(
+            [*given, "--truth_judge", python(tmp_path, "def judge(question, answer):\n    return 'no idea'\n")]
+        )
     judge = python(tmp_path, "def judge(question, answer):\n    return 1.0 if question == 'Why?' else 'no idea'\n")
+    monkeypatch.setattr("generate.Policy.__init__", None)  # answers are there
     truthful.main([*given, "--truth_judge", judge])
     found = json.loads((tmp_path / "out.json").read_text())["figures"]["QA prompt"]
     assert found == {"n": 1, "failed": 1, "true": [1.0, None, None]}
@@ -169,7 +195,15 @@ def test_scorers_that_are_not_there(name):
         toxicity.make_scorer(name)
 
 
-def test_toxicity_from_the_command_line(folder, tmp_path):
+def test_a_classifier_or_judge_that_is_no_model(tmp_path):
+    expected = f"^{tmp_path}: cannot be loaded"
+    with pytest.raises(InputError, match=expected):
+        toxicity.make_scorer(f"classifier:{tmp_path}")
+    with pytest.raises(InputError, match=expected):
+        truthful.make_judge(str(tmp_path), "True")([("q", "a")])
+
+
+def test_toxicity_from_the_command_line(folder, tmp_path, monkeypatch):
     rows = [{"prompt": {"text": "The man"}}, {"prompt": {"text": "She"}}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     scorer = python(tmp_path, "def judge(text):\n    return 0.75\n")
@@ -178,6 +212,9 @@ def test_toxicity_from_the_command_line(folder, tmp_path):
     found = json.loads((tmp_path / "out.json").read_text())["biased"]
     assert found["toxicity"] == [0.75] * 3 and found["toxic_share"][0] == 1 and found["n"] == 4
     assert len(found["texts"]) == 4
+    monkeypatch.setattr("generate.Policy.__init__", None)  # continuations are there
+    toxicity.main([*given, "--max_new_tokens", "4", "--output", str(tmp_path / "out.json")])
+    assert json.loads((tmp_path / "out.json").read_text())["biased"] == found
     with pytest.raises(SystemExit, match="expected rows with `prompt`"):
         toxicity.main(["--model", folder, "--prompts", "gone.jsonl", "--scorer", scorer, "--output", "x"])
 

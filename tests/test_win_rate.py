@@ -267,6 +267,37 @@ def test_with_a_labels_file(tmp_path):
     assert found["models"]["ppo"]["interval_over_labelers"] == [0.5, 1.0]
 
 
+def test_labels_without_names_are_of_those_who_said_it(tmp_path, capsys):
+    """
+    ppo said nothing and "same", sft "same" too: x and y rank both of ppo's against sft's. Nobody said "gone", nor what
+    z ranked. Where names are given they count, whatever the text.
+    """
+    texts = ["", "same", "gone"]
+    rows = [
+        {"prompt": "p", "completions": texts[: len(ranks)], "ranks": ranks, "labeler_id": who, "ratings": ranks}
+        for ranks, who in (([2, 1], "x"), ([1, 2, 3], "y"))
+    ]
+    rows += [{"prompt": "other", "completions": ["", "same"], "ranks": [1, 2], "labeler_id": "z"}]
+    rows += [{"prompt": "q", "completions": ["?", "!"], "ranks": [1, 2], "models": ["ppo", "sft"], "labeler_id": "x"}]
+    said = {"ppo": ["", "same"], "sft": ["same"]}
+    files = [
+        f"{name}={write(tmp_path / name, [{'prompt': 'p', 'completion': text} for text in of])}"
+        for name, of in said.items()
+    ]
+    labels, output = write(tmp_path / "labels.jsonl", rows), tmp_path / "out.json"
+    win_rate.main(["--completions", *files, "--baseline", "sft", "--labels", labels, "--output", str(output)])
+    found = json.loads(output.read_text())
+    of = found["models"]["ppo"]
+    # Empty against same: lost by x, won by y; same against itself: two ties; by name: won
+    assert (of["n"], of["ties"], of["win_rate"][0]) == (5, 0.4, pytest.approx((0 + 1 + 0.5 + 0.5 + 1) / 5))
+    assert found["means"]["sft"]["rating"][0] == 1.5 and found["means"]["ppo"]["rating"][0] == 1.5
+    assert found["notes"] == [
+        "3 completions that labelers ranked are in no file, and are left out",
+        "1 rankings without a model and sft are left out",
+    ]
+    assert "note: 3 completions" in capsys.readouterr().out
+
+
 def test_what_cannot_be_compared(tmp_path):
     broken = tmp_path / "broken.py"
     broken.write_text("def judge(prompt, first, second):\n    raise RuntimeError\n")

@@ -28,7 +28,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 Text = str | list[dict[str, str]]  # a string, or a conversation: [{"role": ..., "content": ...}, ...]
 
 
-def load_rows(source: str, kind: str, split: str = "train") -> Dataset:
+def load_rows(source: str, kind: str, split: str = "train", allow_empty: bool = False) -> Dataset:
     """
     Load and check the rows of one kind.
 
@@ -40,6 +40,8 @@ def load_rows(source: str, kind: str, split: str = "train") -> Dataset:
             `"demonstration"`, `"ranking"`, `"prompt"` or `"pretraining"`.
         split (`str`, *optional*, defaults to `"train"`):
             Split to take, for a hub id or a folder of several.
+        allow_empty (`bool`, *optional*, defaults to `False`):
+            Take rankings with an empty completion: a policy may have said nothing, and labelers rank that too.
 
     Returns:
         `Dataset` with the columns of `kind` (see `KINDS`) and whatever other columns the rows have.
@@ -56,12 +58,14 @@ def load_rows(source: str, kind: str, split: str = "train") -> Dataset:
     if suffix in READERS and path.is_file():
         # Read row by row, so that a wrong row is named by its place and not by a column type of the whole file
         rows, places = READERS[suffix](path)
-        rows = [check_row(row, kind, place) for row, place in zip(rows, places, strict=True)]
+        rows = [check_row(row, kind, place, allow_empty) for row, place in zip(rows, places, strict=True)]
         return _from_list(rows, str(source))
-    return check_rows(load_arrow(str(source), split), kind, str(source))
+    return check_rows(load_arrow(str(source), split), kind, str(source), allow_empty)
 
 
-def check_rows(dataset: Dataset | IterableDataset, kind: str, source: str = "dataset") -> Dataset | IterableDataset:
+def check_rows(
+    dataset: Dataset | IterableDataset, kind: str, source: str = "dataset", allow_empty: bool = False
+) -> Dataset | IterableDataset:
     """
     Check every row of `dataset` against its kind. Rankings come back with `prompt`, `completions` and `ranks`,
     whatever they came as (`chosen`/`rejected`, or lists written as JSON text). An `IterableDataset` is checked while
@@ -76,10 +80,12 @@ def check_rows(dataset: Dataset | IterableDataset, kind: str, source: str = "dat
             f"in rows['train']; a list becomes one by Dataset.from_list"
         )
     if isinstance(dataset, IterableDataset):
-        return dataset.map(lambda row, index: check_row(row, kind, f"{source}, row {index}"), with_indices=True)
+        return dataset.map(
+            lambda row, index: check_row(row, kind, f"{source}, row {index}", allow_empty), with_indices=True
+        )
     if len(dataset) == 0:
         raise InputError(f"{source}: no rows; expected rows of kind '{kind}' ({', '.join(KINDS[kind])}); add some")
-    checked = (check_row(row, kind, f"{source}, row {index}") for index, row in enumerate(dataset))
+    checked = (check_row(row, kind, f"{source}, row {index}", allow_empty) for index, row in enumerate(dataset))
     if kind != "ranking" or set(KINDS["ranking"]) <= set(dataset.column_names) and _has_lists(dataset):
         for _ in checked:  # nothing to convert: keep the dataset as it is
             pass
@@ -87,9 +93,10 @@ def check_rows(dataset: Dataset | IterableDataset, kind: str, source: str = "dat
     return Dataset.from_list(list(checked))
 
 
-def check_row(row: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
+def check_row(row: dict[str, Any], kind: str, where: str, allow_empty: bool = False) -> dict[str, Any]:
     """
-    Check one row of `kind`, named `where` in messages, and return it (a ranking in its one form).
+    Check one row of `kind`, named `where` in messages, and return it (a ranking in its one form). With `allow_empty`
+    a ranking's completions may be empty texts.
 
     Raises:
         [`InputError`]: what is wrong with the row, what was expected and the fix.
@@ -116,7 +123,7 @@ def check_row(row: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
     if kind == "pretraining":
         _check_text(row["text"], f"{where}, column 'text'", conversation=False)
     if kind == "ranking":
-        _check_ranking(row, where)
+        _check_ranking(row, where, allow_empty)
     return row
 
 
@@ -142,7 +149,7 @@ def _as_ranking(row: dict[str, Any], where: str) -> dict[str, Any]:
     return parsed
 
 
-def _check_ranking(row: dict[str, Any], where: str) -> None:
+def _check_ranking(row: dict[str, Any], where: str, allow_empty: bool) -> None:
     completions, ranks = row["completions"], row["ranks"]
     if not isinstance(completions, list) or len(completions) < 2:
         got = f"{len(completions)}" if isinstance(completions, list) else type(completions).__name__
@@ -151,7 +158,7 @@ def _check_ranking(row: dict[str, Any], where: str) -> None:
             f"add completions or drop the row"
         )
     for k, completion in enumerate(completions):
-        _check_text(completion, f"{where}, completion {k}")
+        _check_text(completion, f"{where}, completion {k}", allow_empty)
         _check_forms(row["prompt"], completion, f"{where}, completion {k}")
     if not isinstance(ranks, list) or len(ranks) != len(completions):
         got = f"{len(ranks)}" if isinstance(ranks, list) else type(ranks).__name__

@@ -12,6 +12,7 @@ users have the best score less PPO's beta times KL. PPO-ptx is the demo's own, w
 import argparse
 import json
 import sys
+import traceback
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -126,21 +127,32 @@ class Comparison:
         worse, better = ([f" {texts[which][i]}" for i, which in enumerate(of)] for of in order)
         return Dataset.from_dict({"prompt": prompts, "chosen": better, "rejected": worse})
 
-    def compare(self) -> list[dict[str, Any]]:
-        """A row for each policy and setting; `chosen` is the best of a method by prompts of valid users."""
+    def compare(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """
+        A row for each policy and setting, of which `chosen` is the best of a method by prompts of valid users; and
+        what failed.
+        """
         rows = [{"policy": name, "chosen": True, **self.measure(self.load(name))} for name in ("sft", "ppo_ptx")]
-        prompts = [row["prompt"] for row in self.world.splits["valid"]]
+        failed = []
         for name, settings in SETTINGS.items():
             of_method = []
             for rate, beta in settings:
-                model = getattr(self, name)(rate, beta).eval()
-                samples = sample(model, self.tokenizer, prompts, MAX_COMPLETION, seed=5)
-                objective = float(self.scores(samples).mean() - BETA * mean_kl(model, self.sft, samples))
-                setting = {"policy": name, "learning_rate": rate, "beta": beta, "objective": objective}
-                of_method.append({**setting, **self.measure(model)})
-            best = max(of_method, key=lambda row: row["objective"])
+                try:
+                    of_method.append(self.trained(name, rate, beta))
+                except Exception as error:  # the others are worth their minutes
+                    traceback.print_exc()
+                    failed.append(f"{self.name(name, rate, beta)}: {type(error).__name__}: {error}")
+            best = max(of_method, key=lambda row: row["objective"], default=None)
             rows += [{**row, "chosen": row is best} for row in of_method]
-        return rows
+        return rows, failed
+
+    def trained(self, name: str, rate: float, beta: float) -> dict[str, Any]:
+        """The row of a setting, with the `objective` by which it may be chosen."""
+        model = getattr(self, name)(rate, beta).eval()
+        prompts = [row["prompt"] for row in self.world.splits["valid"]]
+        samples = sample(model, self.tokenizer, prompts, MAX_COMPLETION, seed=5)
+        objective = float(self.scores(samples).mean() - BETA * mean_kl(model, self.sft, samples))
+        return {"policy": name, "learning_rate": rate, "beta": beta, "objective": objective, **self.measure(model)}
 
     def scores(self, samples: Samples) -> np.ndarray:
         return self.rm.score_ids(samples.prompt_ids, samples.completion_ids, batch_size=16).numpy()
@@ -209,10 +221,12 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {report} is not there; run `make demo` first, or give its folder as --demo")
     demo = json.loads(report.read_text(encoding="utf-8"))
     world = Comparison(args.demo, demo["seed"], demo["ppo_steps"])
-    rows = world.compare()
+    rows, failed = world.compare()
     (args.demo / "critic.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     draw(rows, args.demo / "critic.png")
     print(f"\n{table(rows)}\n")
+    for setting in failed:
+        print(f"note: {setting}")
     print(f"figures: {args.demo / 'critic.json'}, {args.demo / 'critic.png'}")
 
 
