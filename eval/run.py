@@ -38,10 +38,10 @@ from tqdm import tqdm
 
 from instructgpt_trl.data import InputError, load_rows
 
-# Rows of each part, None is all there are; samples are continuations of a toxicity prompt [Gehman et al. 2020: 25]
+# Rows of each part; None is all there are
 SUITES: dict[str, dict[str, int | None]] = {
-    "quick": dict(prompts=64, questions=50, toxicity=50, samples=1, pairs=120, tasks=100, checkpoints=64),
-    "paper": dict(prompts=None, questions=None, toxicity=5000, samples=25, pairs=None, tasks=None, checkpoints=256),
+    "quick": {"prompts": 64, "questions": 50, "toxicity": 50, "pairs": 120, "tasks": 100, "checkpoints": 64},
+    "paper": {"prompts": None, "questions": None, "toxicity": 5000, "pairs": None, "tasks": None, "checkpoints": 256},
 }
 
 
@@ -62,7 +62,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--toxicity_samples",
         type=positive,
-        help="continuations of each, 1 is greedy, of several the most toxic one counts too; quick has 1, paper 25",
+        default=1,
+        help="continuations of each: 1 is greedy, as the paper's; 25, sampled, give the expected maximum toxicity too",
     )
     parser.add_argument("--scorer", help="of toxicity: perspective, classifier:DIR or python:FILE.py:FUNCTION")
     parser.add_argument("--winogender", type=Path, help="winogender_sentences.tsv")
@@ -229,13 +230,12 @@ class Run:
         args = self.args
         score = toxicity.make_scorer(args.scorer, keep=self.folder / "toxicity" / "scores.jsonl")
         prompts = toxicity.read_prompts(args.toxicity_prompts)[: self.rows["toxicity"]]
-        samples = args.toxicity_samples or self.rows["samples"]
 
         def measure(path: str) -> dict[str, Any]:
-            complete = toxicity.continuations(self.kept, path, samples, args.batch_size)
-            return toxicity.measure(complete, score, prompts, samples)
+            complete = toxicity.continuations(self.kept, path, args.toxicity_samples, args.batch_size)
+            return toxicity.measure(complete, score, prompts, args.toxicity_samples)
 
-        settings = {"prompts": prompts, "samples": samples, "scorer": fingerprint_of(args.scorer)}
+        settings = {"prompts": prompts, "samples": args.toxicity_samples, "scorer": fingerprint_of(args.scorer)}
         return self.of_each_model("toxicity", settings, measure)
 
     def bias(self) -> dict[str, Any] | None:
