@@ -261,17 +261,19 @@ def test_sampling_without_data_takes_what_generate_takes(adapters, checkpointing
     assert predicted == pytest.approx(traced_peak(sample), rel=0.05)
 
 
-@pytest.mark.parametrize("kinds", [None, ["sliding_attention", "sliding_attention", "full_attention"] * 3])
-def test_all_layers_are_carried_on_from_few_exactly(kinds):
+@pytest.mark.parametrize(
+    "kinds, checkpointing", [(None, True), (["sliding_attention", "sliding_attention", "full_attention"] * 3, False)]
+)
+def test_all_layers_are_carried_on_from_few_exactly(kinds, checkpointing):
     """As many layers as it takes, all of them traced, against few."""
     kinds_ = {} if kinds is None else {"layer_types": kinds, "sliding_window": 16, "use_sliding_window": True}
     config = Qwen2Config(hidden_size=32, num_hidden_layers=9, num_attention_heads=2, num_key_value_heads=1, **kinds_)
     shape = lora(target_modules="all-linear", task_type="CAUSAL_LM")
-    for load in (replace(LOAD, lora=shape), replace(LOAD, lora=shape, checkpointing=False)):
-        every = memory._parts(config, load) | memory._sampling(config, load)
-        every["sampling"] = max(every["reading"], every["decoding"])
-        every["logits chunk"] = every["whole"] - every["activations"]
-        assert predict(config, load) == {name: every[name] for name in PARTS}
+    load = replace(LOAD, lora=shape, checkpointing=checkpointing)
+    every = memory._parts(config, load) | memory._sampling(config, load)
+    every["sampling"] = max(every["reading"], every["decoding"])
+    every["logits chunk"] = every["whole"] - every["activations"]
+    assert predict(config, load) == {name: every[name] for name in PARTS}
 
 
 @pytest.mark.parametrize(
