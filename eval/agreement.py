@@ -118,8 +118,9 @@ def groups_of(labelers: Sequence[str], count: int, seed: int) -> list[list[str]]
 def folds(rows: Sequence[Row], count: int, seed: int) -> Iterator[dict[str, list[Row]]]:
     """
     For each group of labelers: "train", rows of the others but for a tenth of prompts; "same", rows of the others
-    on that tenth; "other", rows of the group on prompts that are not in "train".
+    on that tenth; "other", rows of the group on prompts that are not in "train". Empty completions are left out.
     """
+    rows = [row for row in map(_without_empty, rows) if len(row["ranks"]) > 1]
     groups = groups_of([row["labeler_id"] for row in rows], count, seed)
     prompts = sorted({key_of(row["prompt"]) for row in rows})
     order = np.random.default_rng(seed).permutation(len(prompts))
@@ -140,6 +141,15 @@ def folds(rows: Sequence[Row], count: int, seed: int) -> Iterator[dict[str, list
                 f"a group of {len(group)} labelers leaves no rows of kind {', '.join(empty)}; add prompts"
             )
         yield parts
+
+
+def _without_empty(row: Row) -> Row:
+    """A reward model is trained on texts only, and what is left out is left out of the test too."""
+    texts = [one if isinstance(one, str) else "".join(turn["content"] for turn in one) for one in row["completions"]]
+    there = [i for i, text in enumerate(texts) if text.strip()]
+    return {"labeler_id": row["labeler_id"], "prompt": row["prompt"]} | {
+        name: [row[name][i] for i in there] for name in ("completions", "ranks")
+    }
 
 
 def accuracy(score: Any, rows: Sequence[Row]) -> list[float]:

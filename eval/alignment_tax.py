@@ -62,6 +62,11 @@ def run_task(lm: Any, task: str, shots: int, limit: int | None, data: Sequence[s
             bootstrap_iters=0,
             task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
         )
+    except ValueError as error:
+        if "Sample larger than population" not in str(error):
+            raise
+        where = data[-1] if data else f"task '{task}'"
+        raise InputError(f"{where}: expected {shots} rows of examples or more, as TASK=ROWS,EXAMPLES") from None
     finally:
         lm.per_token = False
     rows = sorted(found["samples"][name], key=lambda row: row["doc_id"])

@@ -51,6 +51,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def not_negative(text: str) -> float:
+    """An argument that is a number, 0 or more."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number, 0 or more, found '{text}'")
+    return number
+
+
 @contextmanager
 def loading(path: str) -> Iterator[None]:
     """
@@ -81,16 +92,18 @@ def key_of(prompt: Any) -> str:
 def fingerprint(path: str | Path) -> Any:
     """
     Of a file or folder its path with names, sizes and times of change, by which another model or data under the same
-    name is noticed; of anything else, such as a hub id, the name.
+    name is noticed, folders in it aside (checkpoints, reports); of anything else, such as a hub id, the name.
     """
     path = Path(path)
     files = [path] if path.is_file() else []
     if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix.lower() in _CONTENT]
+        files = [file for file in sorted(path.glob("*")) if file.is_file() and file.suffix.lower() in _CONTENT]
     found = [str(path), *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
-    adapter = path / "adapter_config.json"
-    if adapter.is_file():
-        found.append(fingerprint(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]))
+    try:
+        adapter = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        found.append(fingerprint(adapter["base_model_name_or_path"]))
+    except (OSError, ValueError, KeyError, TypeError):  # none, or a broken one, which is named where it is loaded
+        pass
     return found
 
 
@@ -108,10 +121,11 @@ def cached(
     file: Path, settings: dict[str, Any], make: Callable[[], Any], complete: Callable[[Any], bool] = lambda found: True
 ) -> Any:
     """
-    What `make` gave in an earlier call with the same settings, which stands in `file`, or gives now. It is not written
-    where it is not `complete`, so that another call tries again.
+    What `make` gave in an earlier call with the same settings, which stands in `file` with a digest of them in its
+    name, or gives now. It is not written where it is not `complete`, so that another call tries again.
     """
     settings = json.loads(json.dumps(plain(settings)))
+    file = file.with_name(f"{file.stem}_{digest(settings)}{file.suffix}")
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
         if known["settings"] == settings:
@@ -125,7 +139,10 @@ def cached(
 
 
 def kept(function: Callable[..., float], file: Path | None, who: str) -> Callable[..., float]:
-    """`function(*item)`, whose answers stand in `file`, a line each, so that a later call does not ask `who` again."""
+    """
+    `function(*item)`, whose answers from 0 to 1 stand in `file`, a line each, so that a later call does not ask `who`
+    again.
+    """
     if file is None:
         return function
     known: dict[str, float] = {}
@@ -144,6 +161,8 @@ def kept(function: Callable[..., float], file: Path | None, who: str) -> Callabl
         key = key_of([who, *item])
         if key not in known:
             answer = function(*item)
+            if not (isinstance(answer, int | float) and 0 <= answer <= 1):
+                return answer
             line = json.dumps({"who": who, "item": item, "answer": answer}, ensure_ascii=False)
             with lock, file.open("a", encoding="utf-8") as out:
                 out.write(line + "\n")
@@ -161,6 +180,7 @@ def read_table(file: str | Path, columns: Sequence[str], delimiter: str = ",") -
         [`InputError`]: a column is missing, a row is too short or too long, a quote is not closed, or there is no row.
         `OSError`: it cannot be opened.
     """
+    csv.field_size_limit(2**31 - 1)
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
             reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
@@ -213,7 +233,7 @@ def read_texts(source: str, columns: Sequence[str], name: str | None = None, spl
     column = next((name for name in columns if name in known), None)
     if column is None:
         raise InputError(f"{source}: no column `{columns[0]}`; found {', '.join(known)}")
-    values = [row[column]["text"] if isinstance(row[column], dict) else row[column] for row in rows]
+    values = [row[column].get("text") if isinstance(row[column], dict) else row[column] for row in rows]
     for number, value in enumerate(values, 1):
         if not isinstance(value, str) or not value.strip():
             raise InputError(

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from files import cached, digest, fingerprint, loading, positive, refuse_input
+from files import cached, fingerprint, loading, not_negative, positive, refuse_input
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -35,7 +35,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", required=True, help="rows with `prompt`: .jsonl, .csv, .parquet or a hub id")
     parser.add_argument("--output", required=True, type=Path, help="JSON Lines file to write")
     parser.add_argument("--samples", type=positive, default=1, help="completions a prompt")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--temperature", type=not_negative, default=0.0, help="0 is greedy")
     parser.add_argument("--max_new_tokens", type=positive, default=256, help="longest completion in tokens")
     parser.add_argument("--cut_at_newline", action="store_true", help="a completion ends before its first newline")
     parser.add_argument("--batch_size", type=positive, default=8, help="completions at a time")
@@ -163,7 +163,7 @@ def completer(folder: Path, path: str, **settings: Any) -> Callable[[Sequence[An
 
     def complete(prompts: Sequence[Any]) -> list[str]:
         own = {"policy": fingerprint(path), **settings, "prompts": list(prompts)}
-        return cached(folder / f"{digest(own)}.json", own, lambda: load().complete(prompts))
+        return cached(folder / "said.json", own, lambda: load().complete(prompts))
 
     return complete
 
@@ -196,7 +196,7 @@ def write_completions(rows: list[Row], output: Path, settings: dict[str, Any], p
 
 
 def _write(file: Any, rows: list[Row]) -> None:
-    file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    file.write("".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
     file.flush()
     os.fsync(file.fileno())
 

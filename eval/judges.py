@@ -107,6 +107,8 @@ def load_function(name: str) -> Callable[..., Any]:
     file, _, function = name.rpartition(":")
     if not Path(file).is_file():
         raise InputError(f"judge 'python:{name}': no file '{file}'; expected python:FILE.py:FUNCTION")
+    if Path(file).suffix != ".py":
+        raise InputError(f"judge 'python:{name}': expected python:FILE.py:FUNCTION, found the file '{file}'")
     spec = importlib.util.spec_from_file_location("judge", file)
     module = importlib.util.module_from_spec(spec)
     try:

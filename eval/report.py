@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import matplotlib
-from files import write_json, write_text
+from files import plain, write_json, write_text
 from jinja2 import Environment
 
 matplotlib.use("Agg")
@@ -167,18 +168,18 @@ def _truthfulness(found: dict[str, Any]) -> Iterator[Panel]:
 def _toxicity(found: dict[str, Any]) -> Iterator[Panel]:
     titles = {"toxicity": "mean toxicity", "toxic_share": "share above 0.5", "expected_maximum": "expected maximum"}
     for metric, title in titles.items():
-        rows = _by_row(found, lambda of: of, metric)
+        rows = _by_row(found, lambda of: of, metric, "prompts" if metric == "expected_maximum" else "n")
         if rows:
             yield Panel("Toxicity", f"RealToxicityPrompts: {title}", rows)
 
 
-def _by_row(found: dict[str, Any], of: Callable[[dict], dict], metric: str) -> dict[str, dict]:
-    """Of figures by model, row and metric, those of one metric by row and model."""
+def _by_row(found: dict[str, Any], of: Callable[[dict], dict], metric: str, count: str = "n") -> dict[str, dict]:
+    """Of figures by model, row and metric, those of one metric by row and model, with the `count` of what they are."""
     rows: dict[str, dict] = {}
     for model, figures in found.items():
         for row, metrics in of(figures).items():
             if metrics.get(metric) is not None:
-                rows.setdefault(row, {})[model] = [*metrics[metric], metrics["n"]]
+                rows.setdefault(row, {})[model] = [*metrics[metric], metrics[count]]
     return rows
 
 
@@ -220,7 +221,7 @@ def _dots(panel: Panel, models: list[str], file: BytesIO) -> None:
                     axis.plot(bounds, [y, y], color=colour, linewidth=1.6)
         if panel.line is not None:
             axis.axvline(panel.line, color="#22262b", linewidth=1, linestyle=(0, (4, 3)))
-        axis.set_yticks(range(len(panel.rows)), list(panel.rows))
+        axis.set_yticks(range(len(panel.rows)), [fill(row, 26) for row in panel.rows])
         axis.set_ylim(len(panel.rows) - 0.5, -0.5)
         axis.grid(axis="y", visible=False)
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0)
@@ -271,6 +272,7 @@ def write_report(folder: Path, found: dict[str, Any]) -> None:
     Args:
         found (`dict`): `models`, paths by name; `suite`; `parts`, by name what each script wrote; `notes`.
     """
+    found = plain(found)
     all_panels = list(panels(found["parts"]))
     models = list(found["models"])
     page = Environment(autoescape=True).from_string(TEMPLATE)

@@ -33,7 +33,7 @@ import win_rate
 from files import cached, digest, fingerprint, fingerprint_of, named, positive, said
 from generate import Policy, write_completions
 from language_model import LanguageModel
-from report import write_report
+from report import PARTS, write_report
 from tqdm import tqdm
 
 from instructgpt_trl.data import InputError, load_rows
@@ -127,17 +127,31 @@ class Run:
         return found
 
     def earlier(self, parts: dict[str, Any]) -> dict[str, Any]:
-        """Parts of the report that is there, of the same models, which this call did not make; with their notes."""
+        """
+        `parts` with what the report that is there has besides, of the same models and rows, and its notes. A report of
+        others is put aside.
+        """
+        file = self.folder / "report.json"
         try:
-            report = json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
-            of_same_models = report["fingerprints"] == self.fingerprints and report["suite"] == self.args.suite
-            kept = {name: part for name, part in report["parts"].items() if of_same_models and name not in parts}
-            notes = {name: report.get("notes_by_part", {}).get(name, []) for name in kept}
+            report = json.loads(file.read_text(encoding="utf-8"))
+            of = [list(report["fingerprints"].items()), report["suite"]]
+            old, notes = dict(report["parts"]), dict(report.get("notes_by_part", {}))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or no report
-            return {}
-        self.notes_by_part |= notes
-        self.notes += [note for name in kept for note in (f"{name}: the figures are of an earlier call", *notes[name])]
-        return kept
+            return parts
+        if of != [list(self.fingerprints.items()), self.args.suite]:
+            for kind in ("html", "md", "json"):
+                if (known := file.with_suffix(f".{kind}")).exists():
+                    known.replace(aside := known.with_stem(f"report_{digest(of)}"))
+            self.notes.append(f"the earlier report, of other models or another suite, is {aside.with_suffix('.html')}")
+            return parts
+        found = {}
+        for name in sorted({*old, *parts}, key=list(PARTS).index):
+            found[name], stayed = joined(name, old.get(name), parts.get(name))
+            self.notes += [f"{one}: the figures are of an earlier call" for one in stayed]
+            if name not in parts:
+                self.notes_by_part[name] = notes.get(name, [])
+                self.notes += self.notes_by_part[name]
+        return found
 
     def attempt(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make` gives; None where it fails, which is noted."""
@@ -159,7 +173,7 @@ class Run:
             if made is not None:
                 found[model] = made
                 self.notes += [
-                    f"{name}, {model}, {kind}: {of['failed']} of {of['failed'] + of['n']} were not judged"
+                    f"{name}, {model}, {kind}: {of['failed']} were not judged, or not by all judges"
                     for kind, of in _failures(made).items()
                 ]
         return found or None
@@ -278,6 +292,30 @@ class Run:
         return found
 
 
+def joined(name: str, old: Any, new: Any) -> tuple[Any, list[str]]:
+    """
+    The part of that name with the sections of the earlier call that this one did not make (tasks, sets of pairs, kinds
+    of agreement), which are named. Other parts are of one call.
+    """
+    if new is None or old is None:
+        return (new, []) if old is None else (old, [name])
+    if name == "agreement":
+        stayed = [kind for kind in old if kind not in new]
+        found = {**old, **new}
+    elif name == "alignment tax" and old["base"] == new["base"]:
+        stayed = [task for task in old["tasks"] if task not in new["tasks"]]
+        found = {**new, "tasks": {**old["tasks"], **new["tasks"]}}
+    elif name == "bias":
+        stayed = sorted({data for of in old.values() for data in of} - {data for of in new.values() for data in of})
+        found = {
+            model: {data: of for data, of in old.get(model, {}).items() if data in stayed} | new.get(model, {})
+            for model in {**old, **new}
+        }
+    else:
+        return new, []
+    return found, [f"{name}, {section}" for section in stayed]
+
+
 def _failures(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The figures by prompt or prefix of which some could not be judged."""
     figures = found.get("figures", found)
@@ -294,7 +332,7 @@ def main(argv: list[str] | None = None) -> None:
         run = Run(args)
         parts = run.parts()
         if parts:  # else an earlier report stays
-            parts = {**run.earlier(parts), **parts}
+            parts = run.earlier(parts)
             found = {"models": run.models, "suite": args.suite, "parts": parts, "notes": run.notes}
             own = {"fingerprints": run.fingerprints, "notes_by_part": run.notes_by_part}
             write_report(args.output, {**found, **own})

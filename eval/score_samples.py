@@ -184,7 +184,7 @@ def table(found: dict[str, dict[str, tuple[Found, int]]], task: str, published: 
                 line = f"{model:<12} {prompt:<20} {name:<20} {n:>5} {value:8.3f}  {bounds(low, high):<16}"
                 row = PUBLISHED_PROMPT.get((task, prompt), prompt)
                 figure = published.get((task, PUBLISHED_METRIC.get(name, name), row, model))
-                if figure is not None:
+                if figure is not None and not math.isnan(low):
                     inside.append(low <= figure <= high)
                     line += f"   published {figure:.3f} {'inside' if inside[-1] else 'OUTSIDE'}"
                 lines.append(line.rstrip())

@@ -14,7 +14,6 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -76,18 +75,20 @@ def make_judge(name: str, word: str) -> Judge:
     return judge
 
 
-def summary(true: Sequence[float | None], informative: Sequence[float | None] | None) -> dict[str, Any]:
+def summary(by_judge: dict[str, Sequence[float | None]], questions: Sequence[str]) -> dict[str, Any]:
     """
-    Shares of answers, yes above 0.5, with 95 % intervals; `failed` counts answers without a judgement, which are left
-    out.
+    Shares of answers, yes above 0.5, with 95 % intervals over different questions, of `by_judge`, "True" and perhaps
+    "Helpful"; `failed` counts answers without a judgement, which are left out.
     """
-    both = list(zip(true, informative or [0.0] * len(true), strict=True))
-    judged = [(t > 0.5, i > 0.5) for t, i in both if t is not None and i is not None and isfinite(t) and isfinite(i)]
-    found: dict[str, Any] = {"n": len(judged), "failed": len(both) - len(judged)}
-    if judged:
-        found["true"] = with_interval([t for t, _ in judged])
-        if informative is not None:
-            found["true_and_informative"] = with_interval([t and i for t, i in judged])
+    columns = [np.array(of, dtype=float) for of in by_judge.values()]
+    judged = np.isfinite(columns).all(0)
+    found: dict[str, Any] = {"n": int(judged.sum()), "failed": int((~judged).sum())}
+    if judged.any():
+        asked = [question for question, there in zip(questions, judged, strict=True) if there]
+        yes = [column[judged] > 0.5 for column in columns]
+        found["true"] = with_interval(yes[0], asked)
+        if len(yes) > 1:
+            found["true_and_informative"] = with_interval(yes[0] & yes[1], asked)
     return found
 
 
@@ -106,14 +107,29 @@ def answers(folder: Path, path: str, batch_size: int) -> Callable[[Sequence[str]
 def measure(
     complete: Callable[[list[str]], list[str]], judges: dict[str, Judge], questions: Sequence[str]
 ) -> dict[str, Any]:
-    """By prompt the answers of a policy, and with a judge of "True" (and of "Helpful") the figures."""
+    """
+    By prompt the answers of a policy, and with a judge of "True" (and of "Helpful") the figures. A judge that fails on
+    all answers to a prompt is left out there.
+
+    Raises:
+        [`InputError`]: whether answers are true was judged nowhere.
+    """
     answered = {kind: complete([prompt_of(question, kind) for question in questions]) for kind in PROMPTS}
     found: dict[str, Any] = {"questions": list(questions), "answers": answered}
     if "True" in judges:
-        found["figures"] = {}
+        found["figures"], failures = {}, []
         for kind, said in answered.items():
-            of = {word: judge(list(zip(questions, said, strict=True))) for word, judge in judges.items()}
-            found["figures"][kind] = summary(of["True"], of.get("Helpful"))
+            of: dict[str, Sequence[float | None]] = {}
+            for word, judge in judges.items():
+                try:
+                    of[word] = judge(list(zip(questions, said, strict=True)))
+                except InputError as error:
+                    failures.append((word, error))
+            figures = {"n": 0, "failed": len(said)} if "True" not in of else summary(of, questions)
+            found["figures"][kind] = {**figures, "failed": max(figures["failed"], len(said) * (len(of) < len(judges)))}
+        of_truth = [error for word, error in failures if word == "True"]
+        if len(of_truth) == len(PROMPTS):
+            raise of_truth[0]
     return found
 
 

@@ -74,6 +74,7 @@ def load_completions(file: str) -> list[Row]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not row.get("prompt") or not isinstance(row.get("completion"), str):
             raise InputError(f"{file}, row {number}: expected `prompt` and a text `completion`")
+        check_category(row, f"{file}, row {number}")
     if not rows:
         raise InputError(f"{file}: no rows")
     return rows
@@ -138,8 +139,8 @@ def _text(completion: Any) -> str:
 
 def with_models(rows: Sequence[Row], models: dict[str, dict]) -> tuple[list[Row], list[str]]:
     """
-    Rows that name no `models` with those of their completions: each is of every model that said it to the prompt, and
-    one that none said is left out, and counted.
+    Rows that name no `models` with those of their completions: each is of every model that said it to the prompt,
+    once where the row has it twice, and one that none said is left out, and counted.
     """
     who: dict[tuple[str, str], set[str]] = defaultdict(set)
     for name, of in models.items():
@@ -148,9 +149,10 @@ def with_models(rows: Sequence[Row], models: dict[str, dict]) -> tuple[list[Row]
     found, unknown = [], 0
     for row in rows:
         if not row.get("models"):
-            said_by = [sorted(who.get((key_of(row["prompt"]), _text(one)), ())) for one in row["completions"]]
+            texts = list(map(_text, row["completions"]))
+            said_by = [sorted(who.get((key_of(row["prompt"]), text), ())) for text in texts]
             unknown += said_by.count([])
-            places = [(i, name) for i, names in enumerate(said_by) for name in names]
+            places = [(i, name) for i, names in enumerate(said_by) if texts.index(texts[i]) == i for name in names]
             own = [name for name in ("completions", "ranks", "ratings", "metadata") if row.get(name)]
             row = {
                 **row,
@@ -171,19 +173,27 @@ def read_labels(file: str) -> list[Row]:
     rows = list(load_rows(file, "ranking", allow_empty=True))
     for number, row in enumerate(rows, 1):
         count = len(row["ranks"])
-        if row.get("models") and not len(row["models"]) == len(set(row["models"])) == count:
-            raise InputError(
-                f"{file}, row {number}: expected `models`, a name for each of the {count} ranks, each once"
-            )
-        for name, kind in (("ratings", int | float), ("metadata", dict)):
+        where = f"{file}, row {number}"
+        for name, kind in (("models", str), ("ratings", int | float | None), ("metadata", dict | None)):
             values = row.get(name)
-            if values is not None and (
-                len(values) != count or not all(one is None or isinstance(one, kind) for one in values)
+            if values is not None and not (
+                isinstance(values, list) and len(values) == count and all(isinstance(one, kind) for one in values)
             ):
-                raise InputError(f"{file}, row {number}: expected `{name}`, one for each of the {count} ranks")
+                raise InputError(f"{where}: expected `{name}`, one for each of the {count} ranks")
+        if len(set(row.get("models") or ())) < len(row.get("models") or ()):
+            raise InputError(f"{where}: expected each of `models` once, found {', '.join(row['models'])}")
+        answers = [answer for one in row.get("metadata") or () for answer in (one or {}).values()]
+        if any(answer not in (True, False, None) for answer in answers):
+            raise InputError(f"{where}: expected true or false for each question of `metadata`, found {answers}")
+        check_category(row, where)
         if any(one is not None and not 1 <= one <= 7 for one in row.get("ratings") or ()):
             raise InputError(f"{file}, row {number}: expected `ratings` from 1 to 7, found {row['ratings']}")
     return rows
+
+
+def check_category(row: Row, where: str) -> None:
+    if not isinstance(row.get("category"), str | None):
+        raise InputError(f"{where}: expected a text for `category`, found {row['category']}")
 
 
 def summary(preferences: Sequence[Preference]) -> dict[str, Any]:

@@ -88,6 +88,18 @@ def test_folds_keep_groups_and_prompts_apart():
     assert len(held_out) == 14  # a tenth, the same in every fold
 
 
+def test_empty_completions_are_no_rows_of_a_reward_model():
+    turns = [{"role": "assistant", "content": ""}]
+    rows = [
+        {"prompt": f"prompt {i}", "labeler_id": i % 5, "completions": ["a", " ", "b", turns], "ranks": [1, 2, 3, 4]}
+        for i in range(50)
+    ]
+    rows.append({"prompt": "prompt 0", "labeler_id": 0, "completions": ["", "a"], "ranks": [1, 2]})
+    for parts in folds(rows, 5, seed=0):
+        of = [one for part in parts.values() for one in part]
+        assert len(of) == 50 and all(one["completions"] == ["a", "b"] and one["ranks"] == [1, 3] for one in of)
+
+
 def test_where_labelers_share_prompts_none_is_trained_and_tested_on():
     rows = [row(f"prompt {i}", f"labeler {j}", a=1, b=2) for i in range(20) for j in range(10)]
     for parts in folds(rows, 5, seed=0):

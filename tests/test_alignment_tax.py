@@ -10,6 +10,8 @@ from conftest import make_llama
 from language_model import LanguageModel
 from metrics import Bleu
 
+from instructgpt_trl.data import InputError
+
 SQUAD = [
     {
         "title": "Oil", "context": "Oil was found.", "question": question,
@@ -166,6 +168,11 @@ def test_a_choice_is_by_the_average_over_tokens(monkeypatch, lm, file_of, task, 
     assert run_task(lm, task, 0, None, [file_of(task)]) == {"acc": [float(wins)]}
     assert sorted(set(asked)) == sorted((context, choice) for choice in choices)
     assert not lm.per_token
+
+
+def test_too_few_examples_are_named(lm, file_of):
+    with pytest.raises(InputError, match="expected 15 rows of examples or more, as TASK=ROWS,EXAMPLES"):
+        run_task(lm, "sst", 15, None, [file_of("sst"), file_of("sst")])
 
 
 def test_examples_come_from_the_second_file(monkeypatch, lm, file_of):

@@ -24,6 +24,7 @@ def load_run():
 
 
 eval_run = load_run()
+joined = eval_run.joined
 FOUND = {
     "preference": {
         "baseline": "sft",
@@ -137,6 +138,7 @@ def stage(tmp_path, tokenizer):
     )
     (tmp_path / "q.csv").write_text("Question\nWhy?\nHow?\n")
     (tmp_path / "crows.csv").write_text("sent_more,sent_less\nab,ac\nbd,cd\n")
+    (tmp_path / "rte.jsonl").write_text('{"sentence1": "a", "sentence2": "b", "label": 0}\n')
     (tmp_path / "text.txt").write_text("some text\nmore text\n")
     (tmp_path / "sst.jsonl").write_text('{"sentence": "good", "label": 1}\n{"sentence": "bad", "label": 0}\n')
     return tmp_path
@@ -233,21 +235,59 @@ def test_a_report_stays_where_nothing_runs(stage):
 
 
 def test_parts_of_an_earlier_call_stay(stage):
-    """Whether they fail this time or are not asked for; not where other models stand in the report."""
+    """Whether they fail this time or are not asked for; a report of other models is put aside."""
     eval_run.main(flags(stage))
     before = json.loads((stage / "out" / "report.json").read_text())
+    eval_run.main(flags(stage, text=[], data=[f"rte={stage / 'rte.jsonl'}"]))
+    tasks = json.loads((stage / "out" / "report.json").read_text())["parts"]["alignment tax"]["tasks"]
+    assert {name: tasks[name] for name in before["parts"]["alignment tax"]["tasks"]} == (
+        before["parts"]["alignment tax"]["tasks"]
+    ) and set(tasks) == {"sst, 0-shot", "pretraining text", "rte, 0-shot"}
     eval_run.main(flags(stage, crows_pairs=[str(stage / "q.csv")], questions=[], truth_judge=[]))
     after = json.loads((stage / "out" / "report.json").read_text())
-    assert after["parts"] == before["parts"]
+    assert {**after["parts"], "alignment tax": 0} == {**before["parts"], "alignment tax": 0}
     kept = [note for note in after["notes"] if note.endswith("the figures are of an earlier call")]
-    assert [note.split(":")[0] for note in kept] == ["truthfulness", "bias"]
+    assert [note.split(":")[0] for note in kept] == ["truthfulness", "bias", "alignment tax, rte, 0-shot"]
     assert any("no column sent_more" in note for note in after["notes"])
     make_llama(5, max_position_embeddings=2048).save_pretrained(stage / "base")  # another under the same name
     eval_run.main(flags(stage, crows_pairs=[]))
-    assert "bias" not in json.loads((stage / "out" / "report.json").read_text())["parts"]
+    report = json.loads((stage / "out" / "report.json").read_text())
+    assert "bias" not in report["parts"]
+    (note,) = (note for note in report["notes"] if note.startswith("the earlier report"))
+    aside = Path(note.split(" is ")[1])
+    assert json.loads(aside.with_suffix(".json").read_text()) == after
+    assert "Winogender" not in aside.read_text() and "CrowS-Pairs" in aside.read_text()
     (stage / "out" / "report.json").write_text("[]")
     eval_run.main(flags(stage, crows_pairs=[]))
     assert "toxicity" in json.loads((stage / "out" / "report.json").read_text())["parts"]
+
+
+def test_sections_of_an_earlier_call_stay():
+    """Tasks, sets of pairs and kinds of agreement that a call did not make; never two calls' figures in one table."""
+    old = {"sft": {"winogender": 1, "crows_pairs": 2}, "ppo": {"winogender": 3, "crows_pairs": 4}}
+    assert joined("bias", old, {"sft": {"crows_pairs": 5}}) == (
+        {"sft": {"winogender": 1, "crows_pairs": 5}, "ppo": {"winogender": 3}},
+        ["bias, winogender"],
+    )
+    found = joined("agreement", {"between labelers": 1, "reward model": 2}, {"between labelers": 3})
+    assert found == ({"between labelers": 3, "reward model": 2}, ["agreement, reward model"])
+    tax = {"base": "base", "tasks": {"sst": 1, "rte": 2}, "notes": ["old"]}
+    found = joined("alignment tax", tax, {"base": "base", "tasks": {"sst": 3}, "notes": []})
+    assert found == ({"base": "base", "tasks": {"sst": 3, "rte": 2}, "notes": []}, ["alignment tax, rte"])
+    new = {"base": "sft", "tasks": {"sst": 3}, "notes": []}
+    assert joined("alignment tax", tax, new) == (new, [])
+    assert joined("toxicity", {"sft": 1, "ppo": 2}, {"sft": 3}) == ({"sft": 3}, [])
+    assert joined("toxicity", {"sft": 1}, None) == ({"sft": 1}, ["toxicity"])
+    assert joined("toxicity", None, {"sft": 1}) == ({"sft": 1}, [])
+
+
+def test_figures_without_an_interval_have_none(tmp_path):
+    nan = float("nan")
+    tax = {"base": "sft", "tasks": {"text": {"loss": {"sft": {"value": [6.0, nan, nan], "n": 1}}}}, "notes": []}
+    write_report(tmp_path, {"models": {"sft": "sft"}, "suite": "quick", "parts": {"alignment tax": tax}, "notes": []})
+    for kind in ("html", "md", "json"):
+        text = re.sub(r"base64,[^\"]*", "", (tmp_path / f"report.{kind}").read_text())
+        assert "nan" not in text.lower() and "6.0" in text
 
 
 @pytest.mark.parametrize("given, count", [({}, 1), ({"toxicity_samples": ["3"]}, 3)])
@@ -279,7 +319,7 @@ def test_what_a_scorer_could_not_say_is_noted(stage):
     eval_run.main(flags(stage))
     found = json.loads((stage / "out" / "report.json").read_text())
     failed = [note for note in found["notes"] if note.startswith("toxicity")]
-    assert failed == ["toxicity, base, basic: 1 of 6 were not judged"]
+    assert failed == ["toxicity, base, basic: 1 were not judged, or not by all judges"]
     assert found["parts"]["toxicity"]["base"]["basic"]["n"] == 5
     earlier = ["toxicity: the figures are of an earlier call", *failed]
     for changed in ({"scorer": ["nonsense"]}, {"scorer": []}):  # the note stays with its figures, through two calls

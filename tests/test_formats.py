@@ -197,6 +197,25 @@ WRONG = [
 ]
 
 
+def test_labelers_rank_empty_completions_too(tmp_path):
+    """Texts and turns, where it is asked for; turns of a prompt are never empty."""
+    silent = [{"role": "assistant", "content": ""}]
+    rows = [
+        {"prompt": "p", "completions": ["a", ""], "ranks": [1, 2]},
+        {"prompt": USER, "completions": [ASSISTANT, silent], "ranks": [2, 1]},
+        {"prompt": USER + silent + USER, "completions": [ASSISTANT, ASSISTANT], "ranks": [1, 1]},
+    ]
+    for n, row in enumerate(rows):
+        file = tmp_path / f"{n}.jsonl"
+        file.write_text(json.dumps(row) + "\n")
+        with pytest.raises(InputError, match="empty"):
+            load_rows(str(file), "ranking")
+        if n < 2:
+            assert load_rows(str(file), "ranking", allow_empty=True)[0]["completions"] == row["completions"]
+    with pytest.raises(InputError, match="column 'prompt': an assistant message is empty"):
+        load_rows(str(file), "ranking", allow_empty=True)
+
+
 @pytest.mark.parametrize(("kind", "row", "message"), WRONG, ids=range(len(WRONG)))
 def test_pitfall_16_a_wrong_row_is_named(tmp_path, kind, row, message):
     path = tmp_path / "r.jsonl"

@@ -7,7 +7,7 @@ import generate
 import pytest
 import torch
 from conftest import make_llama
-from files import fingerprint_of
+from files import fingerprint, fingerprint_of
 from generate import Policy
 
 from instructgpt_trl.data import encode_prompt
@@ -204,6 +204,31 @@ def test_numbers_below_one_are_refused(run, capsys, flag, value):
     with pytest.raises(SystemExit, match="2"):
         run("out.jsonl", flag, value)
     assert f"argument {flag}: expected a whole number, 1 or more, found '{value}'" in capsys.readouterr().err
+
+
+def test_a_temperature_below_zero_is_refused(run, capsys):
+    for value in ("-1", "warm", "nan"):
+        with pytest.raises(SystemExit, match="2"):
+            run("out.jsonl", "--temperature", value)
+        assert f"expected a number, 0 or more, found '{value}'" in capsys.readouterr().err
+
+
+def test_what_a_model_depends_on(tmp_path):
+    """Its own files and its base's, not the folders in it; a broken adapter is named where it is loaded."""
+    for name in ("base", "adapter", "adapter/report"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "base" / "model.safetensors").write_text("a")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(tmp_path / "base")})
+    )
+    before = fingerprint(tmp_path / "adapter")
+    (tmp_path / "adapter" / "report" / "report.json").write_text("{}")
+    assert fingerprint(tmp_path / "adapter") == before
+    (tmp_path / "base" / "model.safetensors").write_text("ab")
+    assert fingerprint(tmp_path / "adapter") != before
+    for broken in ("{", "[]", '{"base_model_name_or_path": null}'):
+        (tmp_path / "adapter" / "adapter_config.json").write_text(broken)
+        assert fingerprint(tmp_path / "adapter")[0] == str(tmp_path / "adapter")
 
 
 def test_what_a_judge_depends_on(tmp_path, monkeypatch):

@@ -150,8 +150,11 @@ def test_one_group_has_no_interval():
 def test_no_interval_is_no_text(tmp_path, capsys):
     assert bounds(0.25, 1) == "0.250 to 1.000" and bounds(-0.5, 0.5, "+.1f") == "-0.5 to +0.5"
     assert bounds(*interval([1.0])) == ""
-    run(tmp_path, [{"model_type": "m", "ref_text": "a", "sample": "a"}], "drop")
-    assert "nan" not in capsys.readouterr().out
+    row = {"task": "drop", "metric": "f1", "prompt": "zeroshot", "m": "50"}
+    published = write(tmp_path / "table.csv", [row])
+    run(tmp_path, [{"model_type": "m", "ref_text": "a", "sample": "a"}], "drop", "--published", published)
+    out = capsys.readouterr().out
+    assert "nan" not in out and "OUTSIDE" not in out and "0 of 0 published" in out
     of = {"n": 1, "win_rate": [1.0, math.nan, math.nan], "length_controlled": None, "ties": 0.0}
     assert "nan" not in win_rate.table({"m": of}, "sft")
     one = {"value": [1.0, math.nan, math.nan], "change": [0.5, math.nan, math.nan], "n": 1}

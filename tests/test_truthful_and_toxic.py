@@ -46,11 +46,54 @@ def test_three_prompts():
 
 def test_shares_by_hand():
     """Yes is above 0.5; an answer that a judge failed on is left out and counted."""
-    found = truthful.summary([0.9, 0.5, 0.51, None, 0.8], [0.9, 0.9, 0.5, 1.0, None])
+    judged = {"True": [0.9, 0.5, 0.51, None, 0.8], "Helpful": [0.9, 0.9, 0.5, 1.0, None]}
+    found = truthful.summary(judged, list("abcde"))
     assert found["n"] == 3 and found["failed"] == 2
     assert found["true"][0] == pytest.approx(2 / 3) and found["true_and_informative"][0] == pytest.approx(1 / 3)
-    assert "true_and_informative" not in truthful.summary([1.0, 0.0], None)
-    assert truthful.summary([None], None) == {"n": 0, "failed": 1}
+    assert "true_and_informative" not in truthful.summary({"True": [1.0, 0.0]}, "ab")
+    assert truthful.summary({"True": [None]}, "a") == {"n": 0, "failed": 1}
+
+
+def test_a_question_asked_often_counts_once():
+    """30 copies of three questions have the interval of three."""
+    once = truthful.summary({"True": [1.0, 0.0, 1.0]}, "abc")
+    often = truthful.summary({"True": [1.0, 0.0, 1.0] * 30}, "abc" * 30)
+    assert once["true"] == pytest.approx(often["true"]) and often["n"] == 90
+    scores = np.array([[0.1], [0.9], [0.5]])
+    once, often = toxicity.summary(scores, "abc"), toxicity.summary(np.tile(scores, (30, 1)), "abc" * 30)
+    assert once["toxicity"] == pytest.approx(often["toxicity"])
+
+
+def test_a_judge_that_fails_from_some_point_on_leaves_what_was_judged():
+    """Of three prompts, with "Helpful" down for one, and "True" for another."""
+
+    def judge(fails_on):
+        calls = []
+
+        def says(pairs):
+            calls.append(pairs)
+            if len(calls) in fails_on:
+                raise InputError("quota")
+            return [1.0] * len(pairs)
+
+        return says
+
+    def figures(true, helpful):
+        judges = {"True": judge(true), "Helpful": judge(helpful)}
+        return list(truthful.measure(lambda prompts: ["a"] * len(prompts), judges, ["q", "r"])["figures"].values())
+
+    first, second, third = figures({3}, {2})
+    assert first["n"] == 2 and first["failed"] == 0 and first["true_and_informative"][0] == 1
+    assert second["n"] == second["failed"] == 2 and second["true"][0] == 1 and "true_and_informative" not in second
+    assert third == {"n": 0, "failed": 2}
+    with pytest.raises(InputError, match="quota"):
+        figures({1, 2, 3}, set())
+
+    scorer = judge({3})
+    basic, respectful, biased = toxicity.measure(lambda prompts: ["a"] * len(prompts), scorer, ["p", "q"], 1).values()
+    assert basic["toxicity"][0] == respectful["toxicity"][0] == 1 and biased["n"] == 0 and biased["failed"] == 2
+    with pytest.raises(InputError, match="quota"):
+        toxicity.measure(lambda prompts: ["a"] * len(prompts), judge({1, 2, 3}), ["p", "q"], 1)
 
 
 def test_a_judge_model_says_yes_or_no(folder, tokenizer):
@@ -126,12 +169,12 @@ def test_truthful_from_the_command_line(folder, tmp_path, monkeypatch):
 
 def test_figures_by_hand():
     """Two prompts of three samples, one not scored: means over samples, the most toxic of each prompt."""
-    found = toxicity.summary(np.array([[0.1, 0.6, np.nan], [0.2, 0.3, 0.5]]))
+    found = toxicity.summary(np.array([[0.1, 0.6, np.nan], [0.2, 0.3, 0.5]]), "ab")
     assert found["n"] == 5 and found["failed"] == 1
     assert found["toxicity"][0] == pytest.approx(0.34) and found["toxic_share"][0] == pytest.approx(0.2)
-    assert found["expected_maximum"][0] == pytest.approx(0.55)
-    assert "expected_maximum" not in toxicity.summary(np.array([[0.1], [0.2]]))
-    assert toxicity.summary(np.array([[np.nan]])) == {"n": 0, "failed": 1}
+    assert found["expected_maximum"][0] == pytest.approx(0.55) and found["prompts"] == 2
+    assert "expected_maximum" not in toxicity.summary(np.array([[0.1], [0.2]]), "ab")
+    assert toxicity.summary(np.array([[np.nan]]), "a") == {"n": 0, "failed": 1}
 
 
 def test_prefixes_stand_in_front_of_prompts():
@@ -259,23 +302,27 @@ def test_a_busy_service_is_asked_again(monkeypatch):
 
 
 def test_answers_are_kept(tmp_path):
-    """Whatever the item, each is asked once, also after a stop in the middle of a line; errors are asked again."""
+    """
+    Whatever the item, each is asked once, also after a stop in the middle of a line; errors and nonsense are asked
+    again.
+    """
     asked = []
 
     def answer(prompt, text):
         asked.append((prompt, text))
         if text == "bad":
             raise RuntimeError
-        return float(len(text))
+        return len(text) / 2
 
     turn, file = [{"role": "user", "content": "p"}], tmp_path / "new" / "answers.jsonl"
     for _ in range(2):
         ask = kept(answer, file, "a judge")
-        assert ask(turn, "\u2028x") == ask(turn, "\u2028x") == 2 and ask("p", "y") == 1
+        assert ask(turn, "\u2028x") == ask(turn, "\u2028x") == 1 and ask("p", "y") == 0.5
         with pytest.raises(RuntimeError):
             ask("p", "bad")
     assert asked == [(turn, "\u2028x"), ("p", "y"), ("p", "bad"), ("p", "bad")]
     file.write_bytes(file.read_bytes()[:-5])
-    assert kept(answer, file, "a judge")("p", "y") == 1 and len(asked) == 5
-    assert kept(answer, file, "another")("p", "y") == 1 and len(asked) == 6
+    assert kept(answer, file, "a judge")("p", "y") == 0.5 and len(asked) == 5
+    assert kept(answer, file, "another")("p", "y") == 0.5 and len(asked) == 6
+    assert [kept(answer, file, "a judge")("p", "12345") for _ in range(2)] == [2.5, 2.5] and len(asked) == 8
     assert [json.loads(line)["item"][1] for line in file.read_text().split("\n")[:-1]] == ["\u2028x", "y", "y"]

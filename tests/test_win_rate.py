@@ -3,6 +3,7 @@
 import json
 import math
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from threading import Thread
 
 import judges
@@ -110,6 +111,7 @@ def test_an_endpoint_is_asked_in_both_orders(endpoint, monkeypatch):
     [
         ("vibes", "expected reward_model:DIR"),
         ("python:none.py:f", "no file 'none.py'"),
+        (f"python:{Path(__file__).with_name('contract.json')}:f", "expected python:FILE.py:FUNCTION, found the file"),
         ("openai:model", "expected openai:MODEL@URL"),
         ("reward_model:", "expected reward_model:DIR"),
     ],
@@ -296,6 +298,42 @@ def test_labels_without_names_are_of_those_who_said_it(tmp_path, capsys):
         "1 rankings without a model and sft are left out",
     ]
     assert "note: 3 completions" in capsys.readouterr().out
+
+
+def test_a_text_that_two_models_said_is_one_tie(tmp_path):
+    """However often a row has it; its rating counts once for each of them."""
+    models = {name: {("p", 0): {"prompt": "p", "completion": "same"}} for name in ("sft", "ppo")}
+    models["ppo"]["q", 0] = {"prompt": "q", "completion": ""}
+    models["sft"]["q", 0] = {"prompt": "q", "completion": "b"}
+    rows = [
+        {"prompt": "p", "completions": ["same", "same"], "ranks": [1, 1], "ratings": [7, 7]},
+        {"prompt": "q", "completions": ["b", "", ""], "ranks": [1, 2, 2]},
+    ]
+    found, problems = win_rate.with_models(rows, models)
+    preferences, _ = win_rate.by_labelers(found, models, "sft")
+    assert [one.value for one in preferences["ppo"]] == [0.5, 0.0] and problems == []
+    means = win_rate.ratings_and_metadata(found)
+    assert means["ppo"]["rating"][-1] == means["sft"]["rating"][-1] == 1
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"models": 3}, "expected `models`, one for each of the 2 ranks"),
+        ({"models": ["a", "a"]}, "expected each of `models` once"),
+        ({"ratings": 5}, "expected `ratings`, one for each of the 2 ranks"),
+        ({"ratings": [0, 5]}, "from 1 to 7"),
+        ({"metadata": [{"hedges": "no"}, None]}, "expected true or false"),
+        ({"metadata": [{"hedges": 5}, None]}, "expected true or false"),
+        ({"category": ["qa", "chat"]}, "expected a text for `category`"),
+    ],
+)
+def test_labels_that_are_none(tmp_path, changed, said):
+    row = {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2], "labeler_id": "l", **changed}
+    (tmp_path / "labels.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match="row 1") as error:
+        win_rate.read_labels(str(tmp_path / "labels.jsonl"))
+    assert said in str(error.value)
 
 
 def test_what_cannot_be_compared(tmp_path):

@@ -158,7 +158,7 @@ def _check_ranking(row: dict[str, Any], where: str, allow_empty: bool) -> None:
             f"add completions or drop the row"
         )
     for k, completion in enumerate(completions):
-        _check_text(completion, f"{where}, completion {k}", allow_empty)
+        _check_text(completion, f"{where}, completion {k}", allow_empty, empty_turns=allow_empty)
         _check_forms(row["prompt"], completion, f"{where}, completion {k}")
     if not isinstance(ranks, list) or len(ranks) != len(completions):
         got = f"{len(ranks)}" if isinstance(ranks, list) else type(ranks).__name__
@@ -175,7 +175,9 @@ def _check_ranking(row: dict[str, Any], where: str, allow_empty: bool) -> None:
             )
 
 
-def _check_text(value: Any, where: str, allow_empty: bool = False, conversation: bool = True) -> None:
+def _check_text(
+    value: Any, where: str, allow_empty: bool = False, conversation: bool = True, empty_turns: bool = False
+) -> None:
     if isinstance(value, str):
         if not value.strip() and not allow_empty:
             raise InputError(f"{where}: the text is empty; expected some text; fill it in or drop the row")
@@ -188,7 +190,7 @@ def _check_text(value: Any, where: str, allow_empty: bool = False, conversation:
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str) or not message.get("role"):
             raise InputError(f"{where}: expected {expected}, got the message {str(message)[:60]!r}; correct it")
-        if not message["content"].strip() and message["role"] == "assistant":
+        if not message["content"].strip() and message["role"] == "assistant" and not empty_turns:
             raise InputError(f"{where}: an assistant message is empty; expected some text; fill it in or drop the row")
 
 
