@@ -135,7 +135,8 @@ class Run:
         try:
             report = json.loads(file.read_text(encoding="utf-8"))
             of = [list(report["fingerprints"].items()), report["suite"]]
-            old, notes = dict(report["parts"]), dict(report.get("notes_by_part", {}))
+            old = {name: part for name, part in report["parts"].items() if name in PARTS}
+            notes = dict(report.get("notes_by_part", {}))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or no report
             return parts
         if of != [list(self.fingerprints.items()), self.args.suite]:
