@@ -125,8 +125,10 @@ def measure(
                     of[word] = judge(list(zip(questions, said, strict=True)))
                 except InputError as error:
                     failures.append((word, error))
-            figures = {"n": 0, "failed": len(said)} if "True" not in of else summary(of, questions)
-            found["figures"][kind] = {**figures, "failed": max(figures["failed"], len(said) * (len(of) < len(judges)))}
+            figures = summary(of, questions) if "True" in of else {"n": 0}
+            if len(of) < len(judges):
+                figures["failed"] = len(said)
+            found["figures"][kind] = figures
         of_truth = [error for word, error in failures if word == "True"]
         if len(of_truth) == len(PROMPTS):
             raise of_truth[0]

@@ -578,13 +578,11 @@ class PPOTrainer(RLOOTrainer):
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields) -> list[list[int]]:
         # `generate` fills what the trainer's config leaves open from the model's own, which may cut the distribution
         policy = self.roles.policy
-        with ExitStack() as inside:
+        with policy.active(), sampled_by_cdf(), _restored(policy.model, "generation_config"), ExitStack() as inside:
             if self._spends_memory:
                 # A decoding step is many small products, twice to three times as many with the adapter beside
                 inside.enter_context(merged_lora(policy.network, policy.adapter))
                 inside.enter_context(cache_with_room())
-            for context in (policy.active(), sampled_by_cdf(), _restored(policy.model, "generation_config")):
-                inside.enter_context(context)
             policy.model.generation_config = GenerationConfig()
             sample = super()._generate_single_turn
             completion_ids = self._limits["generate"].run(
