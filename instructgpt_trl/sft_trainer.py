@@ -32,7 +32,8 @@ from trl.models import unwrap_model_for_generation
 from ._trl import get_config_model_id, lm_head_tiles, preserved_rng
 from .data import InputError, check_output_dir, check_rows, check_tokenizers, encode_prompt, pack_texts
 from .data.demonstrations import IMAGES, check_demonstrations, columns_of, cut_report, mix
-from .data.formats import Text, by_prompt, split_by_length
+from .data.formats import by_prompt, split_by_length
+from .data.rows import Text
 from .models.completions import greedy_completions
 from .models.dropout import residual_dropout, residual_places
 from .models.guards import stop_unless_finite

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from common import ModelArguments, load_model, parse_model, run
+from common import ModelArguments, ends_of, load_model, parse_model, run
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from instructgpt_trl import RewardModel
-from instructgpt_trl.data import InputError, encode_completion, encode_prompt
+from instructgpt_trl.data import InputError, encode_prompt
 
 
 @dataclass(kw_only=True)
@@ -48,18 +48,12 @@ def answer(
             max_new_tokens=args.max_new_tokens,
             streamer=streamer,
             pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-            eos_token_id=_ends(model, tokenizer, prompt),
+            eos_token_id=ends_of(model, tokenizer, prompt),
             **(sampling if args.temperature > 0 else {"do_sample": False, "temperature": None, "top_p": None}),
         )
     except KeyboardInterrupt:
         streamer.end()
     return streamer.text
-
-
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message]) -> list[int]:
-    """What the model's config ends at, and what an answer to this prompt ends at in training."""
-    own = model.generation_config.eos_token_id
-    return sorted({*(own if isinstance(own, list) else [own]), encode_completion(tokenizer, prompt, "a")[-1]} - {None})
 
 
 class _Kept(TextStreamer):

@@ -38,7 +38,7 @@ from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from yaml import YAMLError
 
-from instructgpt_trl.data import InputError, as_conversations, load_rows
+from instructgpt_trl.data import InputError, as_conversations, encode_completion, load_rows
 from instructgpt_trl.memory import PARTS, Load, peak, predict
 from instructgpt_trl.peak_memory import PeakMemory
 
@@ -148,6 +148,12 @@ def load_model(args: ModelArguments, model: ModelConfig) -> tuple[PreTrainedMode
     return loaded, load_tokenizer(model, args.trust_remote_code)
 
 
+def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
+    """What the model's config ends at, and what an answer to this prompt ends at in training."""
+    own = model.generation_config.eos_token_id
+    return sorted({*(own if isinstance(own, list) else [own]), encode_completion(tokenizer, prompt, "a")[-1]} - {None})
+
+
 def load_tokenizer(model: ModelConfig, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """That of a model's or an adapter's folder, else that of the adapter's base."""
     name = model.model_name_or_path
@@ -198,7 +204,7 @@ def read(args: DataArguments, source: str | None, kind: str) -> Dataset | None:
     """The rows of `source`, as conversations if asked for; none without a source."""
     if source is None:
         return None
-    rows = load_rows(source, kind)
+    rows = load_rows(source, kind, allow_empty=kind == "ranking")
     return as_conversations(rows) if args.conversational and kind != "pretraining" else rows
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from instructgpt_trl.data import InputError
 
-EXPORT, CHAT = importlib.import_module("export"), importlib.import_module("chat")
+EXPORT, CHAT, COMMON = (importlib.import_module(name) for name in ("export", "chat", "common"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -116,8 +116,8 @@ def test_an_answer_ends_where_the_templates_turn_ends():
     tokenizer, model = make_tokenizer(extra=("<end>",)), make_llama(vocab=259)
     tokenizer.chat_template = tokenizer.chat_template.replace("<eos>", "<end>")
     model.generation_config.eos_token_id = 77
-    assert CHAT._ends(model, tokenizer, [{"role": "user", "content": "hi"}]) == [77, 258]
-    assert CHAT._ends(model, tokenizer, "hi") == [77, 257]
+    assert COMMON.ends_of(model, tokenizer, [{"role": "user", "content": "hi"}]) == [77, 258]
+    assert COMMON.ends_of(model, tokenizer, "hi") == [77, 257]
 
 
 def test_settings_out_of_range_are_one_line(folders):

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
 from .files import InputError
-from .formats import Text
+from .rows import Text
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text, **template_kwargs: Any) -> list[int]:

@@ -3,19 +3,28 @@
 import csv
 import io
 import json
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class InputError(ValueError):
     """A mistake in what the user passed in. The message is one line: where, what was expected, what to do."""
 
 
-def load_arrow(source: str, split: str) -> Dataset:
+def load_arrow(source: str, split: str) -> "Dataset":
     """A Parquet file, a folder written by `save_to_disk`, or one split of a dataset on the hub."""
+    from datasets import (  # a second, which a page of JSON Lines does not need
+        DatasetDict,
+        load_dataset,
+        load_from_disk,
+    )
+
     expected = f"a file, a folder or a hub dataset with a split '{split}'"
     try:
         if Path(source).is_file():
@@ -92,3 +101,59 @@ READERS: dict[str, Callable[[Path], tuple[list[Any], list[str]]]] = {
     ".csv": read_csv,
     ".txt": read_text,
 }
+
+
+def read_rows(source: str) -> tuple[list[Any], list[str]]:
+    """
+    Rows of a `.jsonl`, `.json`, `.csv` or `.parquet` file as they are, and the place of each, to be named in messages.
+
+    Raises:
+        [`InputError`]: no such file, or it cannot be read.
+    """
+    path = Path(source)
+    if not path.is_file():
+        raise InputError(f"{source}: no such file; check the path (working directory: {os.getcwd()})")
+    if path.suffix.lower() == ".parquet":
+        rows = load_arrow(source, "train").to_list()
+        return rows, [f"{source}, row {n}" for n in range(len(rows))]
+    if path.suffix.lower() not in READERS:
+        raise InputError(f"{source}: unknown file type '{path.suffix}'; use .jsonl, .json, .csv or .parquet")
+    return READERS[path.suffix.lower()](path)
+
+
+def write_rows(rows: Iterable[dict[str, Any]], output: str | os.PathLike) -> None:
+    """Write JSON Lines in UTF-8: all of them under the name, or nothing."""
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", dir=output.parent, prefix=".unfinished-", encoding="utf-8", delete=False
+    ) as f:
+        try:
+            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            f.flush()
+            os.fsync(f.fileno())
+            os.replace(f.name, output)
+        except BaseException:
+            os.unlink(f.name)
+            raise
+
+
+def check_output_dir(output_dir: str | os.PathLike | None) -> None:
+    """
+    Refuse an output folder that cannot be written, before any work is done. Leaves nothing behind.
+
+    Raises:
+        [`InputError`]: the folder and why it cannot be written.
+    """
+    if output_dir is None:
+        return
+    parent = Path(output_dir).absolute()
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"output folder {output_dir}: cannot be written ({error.strerror}); choose another output_dir"
+        ) from None

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import InputError, check_output_dir, encode_completion, encode_prompt
-from ..data.formats import Text
 from ..data.rankings import DataCollatorForRanking
+from ..data.rows import Text
 from .loading import is_adapter, load_tokenizer
 from .lora import fuse_lora
 from .reward_folder import (
