@@ -5,7 +5,7 @@ import inspect
 from collections import Counter
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
-from functools import partial, wraps
+from functools import cache, partial, wraps
 
 import pytest
 import torch
@@ -356,6 +356,7 @@ def test_the_largest_load_fits_and_the_next_one_does_not():
     def load(n: int) -> Load:
         return replace(LOAD, stage="reward", rows=n, lora=shape, checkpointing=False)
 
+    @cache
     def peak_of(n: int) -> int:
         return peak(predict(shape_config, load(n)))
 
