@@ -33,7 +33,7 @@ from .data.completions import CompletionsFile
 from .data.encoding import turn_end
 from .data.episodes import Episodes, by_length, pad_episodes, take_rows
 from .data.pretraining import PretrainingStream, as_episodes
-from .data.prompts import check_prompts, drop_long_prompts
+from .data.prompt_datasets import check_prompts, drop_long_prompts
 from .functional import gae, policy_loss, token_rewards, value_loss, whiten
 from .models.ema import EMA
 from .models.guards import stop_unless_finite

@@ -81,6 +81,11 @@ class PersonalData:
             for kind, each in recognizers.items()
         }
 
+    def load(self) -> "PersonalData":
+        """Load Presidio now: processes that are forked later share it, where each would load its own."""
+        _ = self._recognizers
+        return self
+
     def suspects(self, text: str) -> bool:
         """Whether there is a sign of something; without one [`find`] finds nothing."""
         return any(sign.search(text) for sign in self._signs.values())

@@ -260,6 +260,8 @@ def write_splits(prompts: RawPrompts, fates: np.ndarray, writer: Writer, args: a
     """Write every prompt that stays into its split, in the order of the input."""
     chosen = those_that_stay(prompts, fates.tobytes())
     search = partial(searched, masked=args.pii == "mask")
+    if args.pii != "keep":
+        personal_data().load()
     with Pool(args.num_proc) as pool:
         while block := list(islice(chosen, BLOCK)):
             # Only those of the training split are searched, and only those with a sign of something leave this process
