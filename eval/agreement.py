@@ -26,7 +26,7 @@ from typing import Any
 
 import krippendorff
 import numpy as np
-from files import cached, key_of, positive, refuse_input, write_json, write_text
+from files import cached, check_labeler, key_of, positive, refuse_input, write_json, write_text
 from intervals import with_interval
 from judges import reward_score
 
@@ -48,6 +48,8 @@ def read_labels(file: str) -> list[Row]:
     lone = next((n for n, row in enumerate(rows, 1) if row.get("labeler_id") is None), None)
     if lone:
         raise InputError(f"{file}, row {lone}: no `labeler_id`; every row needs one")
+    for number, row in enumerate(rows, 1):
+        check_labeler(row, f"{file}, row {number}")
     return rows
 
 

@@ -242,15 +242,27 @@ def read_texts(source: str, columns: Sequence[str], name: str | None = None, spl
     return values
 
 
-def refuse_input(output: Path, *inputs: Any) -> None:
+def refuse_input(output: Path, *inputs: Any, flag: str = "--output") -> None:
     """
     Raises:
-        [`InputError`]: the output is a folder, or one of the files that are read.
+        [`InputError`]: the output is a folder, or one of the files that are read; of a judge, KIND:PATH or
+            python:FILE.py:FUNCTION, too.
     """
     if output.is_dir():
-        raise InputError(f"--output {output}: is a folder; expected a file")
-    if any(one and output.resolve() == Path(one).resolve() for one in inputs):
-        raise InputError(f"--output {output}: is one of the files to read; choose another")
+        raise InputError(f"{flag} {output}: is a folder; expected a file")
+    paths = [part for one in inputs if one for part in (str(one), *str(one).split(":")) if part]
+    if any(output.resolve() == Path(path).resolve() for path in paths):
+        raise InputError(f"{flag} {output}: is one of the files to read; choose another")
+
+
+def check_labeler(row: dict[str, Any], where: str) -> None:
+    """
+    Raises:
+        [`InputError`]: `labeler_id` or `group` is neither text nor a whole number.
+    """
+    for name in ("labeler_id", "group"):
+        if not isinstance(row.get(name), str | int | None):
+            raise InputError(f"{where}: expected text or a whole number for `{name}`, found {row[name]}")
 
 
 def plain(value: Any) -> Any:

@@ -93,6 +93,8 @@ def reward_score(path: str) -> Callable[[Sequence[Any], Sequence[str]], list[flo
 
 
 def _reward_model(path: str) -> Judge:
+    if not Path(path).is_dir():  # before anything is sampled; it is loaded when it is needed
+        raise InputError(f"judge 'reward_model:{path}': no such folder; expected one that recipes/reward.py wrote")
     score = cache(partial(reward_score, path))
     return by_scores(lambda prompts, texts: score()(prompts, texts))
 
@@ -113,7 +115,7 @@ def load_function(name: str) -> Callable[..., Any]:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"judge 'python:{name}': {file} cannot be read: {said(error)}") from error
     if not callable(getattr(module, function, None)):
         raise InputError(f"judge 'python:{name}': {file} has no function '{function}'")
@@ -148,7 +150,7 @@ def each(
             if low <= found <= high and math.isfinite(found):
                 return found
             failed[f"{found} is no number from {low} to {high}"] += 1
-        except Exception as error:  # whatever it raises, the others count
+        except (Exception, SystemExit) as error:  # whatever it raises, the others count
             failed[said(error)] += 1
         return None
 

@@ -221,7 +221,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write; completions beside it")
     args = parser.parse_args(argv)
     try:
-        refuse_input(args.output, args.prompts)
+        inputs = (args.prompts, args.judge, args.gold)
+        refuse_input(args.output, *inputs)
+        refuse_input(args.png or args.output.with_suffix(".png"), *inputs, args.output, flag="--png")
         found = measure(args, args.output.with_suffix(".rows"))
         write_json(found, args.output)
         draw(found, args.png or args.output.with_suffix(".png"))

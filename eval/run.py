@@ -158,7 +158,7 @@ class Run:
         """What `make` gives; None where it fails, which is noted."""
         try:
             return make()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if not isinstance(error, InputError | OSError):
                 traceback.print_exc()
             self.notes.append(f"{name}: {said(error)}")

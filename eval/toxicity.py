@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write")
     args = parser.parse_args(argv)
     try:
-        refuse_input(args.output, args.prompts)
+        refuse_input(args.output, args.prompts, args.scorer)
         score = make_scorer(args.scorer, keep=args.output.with_suffix(".scores.jsonl"))
         prompts = read_prompts(args.prompts)[: args.limit]
         complete = continuations(

@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write")
     args = parser.parse_args(argv)
     try:
-        refuse_input(args.output, args.questions)
+        refuse_input(args.output, args.questions, args.truth_judge, args.info_judge)
         questions = read_questions(args.questions)[: args.limit]
         judges = {
             word: make_judge(name, word)

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from files import key_of, named, refuse_input, said, write_json
+from files import check_labeler, key_of, named, refuse_input, said, write_json
 from intervals import bounds, interval, with_interval
 from judges import Comparison, Judge, make_judge
 
@@ -98,7 +98,7 @@ def compare(models: dict[str, dict], baseline: str, judge: Judge) -> tuple[dict[
         rows = [(models[name][key], models[baseline][key]) for key in common]
         try:
             values = judge([Comparison(own["prompt"], own["completion"], of["completion"]) for own, of in rows])
-        except Exception as error:  # the other models may be judged
+        except (Exception, SystemExit) as error:  # the other models may be judged
             problems.append(f"{name}: {said(error)}")
             found[name] = []
             continue
@@ -186,6 +186,7 @@ def read_labels(file: str) -> list[Row]:
         if any(answer not in (True, False, None) for answer in answers):
             raise InputError(f"{where}: expected true or false for each question of `metadata`, found {answers}")
         check_category(row, where)
+        check_labeler(row, where)
         if any(one is not None and not 1 <= one <= 7 for one in row.get("ratings") or ()):
             raise InputError(f"{file}, row {number}: expected `ratings` from 1 to 7, found {row['ratings']}")
     return rows
@@ -303,7 +304,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"--baseline {args.baseline}: expected one of two or more --completions ({', '.join(files)})")
     if (args.judge is None) == (args.labels is None):
         raise InputError("expected --judge or --labels, one of them")
-    refuse_input(args.output, *files.values(), args.labels)
+    refuse_input(args.output, *files.values(), args.labels, args.judge)
     models = {name: read_completions(file) for name, file in files.items()}
     more: dict[str, Any] = {}
     if args.labels:

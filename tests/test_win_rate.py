@@ -90,6 +90,14 @@ def endpoint():
     server.server_close()
 
 
+def test_a_function_that_exits_has_only_failed(tmp_path):
+    (tmp_path / "j.py").write_text(
+        "def judge(prompt, first, second):\n    exit(3) if first == 'a' else None\n    return 1\n"
+    )
+    judge = make_judge(f"python:{tmp_path / 'j.py'}:judge")
+    assert judge([Comparison("p", "a", "b"), Comparison("p", "b", "a")]) == [None, 1.0]
+
+
 def test_an_endpoint_is_asked_in_both_orders(endpoint, monkeypatch):
     handler, url = endpoint
     monkeypatch.setattr(web.AGAIN, "backoff_factor", 0)
@@ -114,6 +122,7 @@ def test_an_endpoint_is_asked_in_both_orders(endpoint, monkeypatch):
         (f"python:{Path(__file__).with_name('contract.json')}:f", "expected python:FILE.py:FUNCTION, found the file"),
         ("openai:model", "expected openai:MODEL@URL"),
         ("reward_model:", "expected reward_model:DIR"),
+        ("reward_model:nowhere", "no such folder"),
     ],
 )
 def test_judges_that_are_not_there(name, message):
@@ -326,6 +335,8 @@ def test_a_text_that_two_models_said_is_one_tie(tmp_path):
         ({"metadata": [{"hedges": "no"}, None]}, "expected true or false"),
         ({"metadata": [{"hedges": 5}, None]}, "expected true or false"),
         ({"category": ["qa", "chat"]}, "expected a text for `category`"),
+        ({"labeler_id": ["l"]}, "expected text or a whole number for `labeler_id`"),
+        ({"group": ["u"]}, "expected text or a whole number for `group`"),
     ],
 )
 def test_labels_that_are_none(tmp_path, changed, said):
@@ -377,7 +388,12 @@ def test_an_output_that_is_read_is_refused(tmp_path):
         "--judge",
         f"python:{tmp_path / 'j.py'}:judge",
     ]
-    for output, message in ((other, "is one of the files to read"), (str(tmp_path), "is a folder")):
+    source = str(tmp_path / "j.py")
+    for output, message in (
+        (other, "is one of the files to read"),
+        (source, "is one of the files to read"),
+        (str(tmp_path), "is a folder"),
+    ):
         with pytest.raises(SystemExit, match=message):
             win_rate.main([*given, "--output", output])
     assert (tmp_path / "b.jsonl").read_text() == json.dumps(completions("b")[0]) + "\n"
