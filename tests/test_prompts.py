@@ -150,6 +150,22 @@ def test_personal_data_are_found_and_masked(personal, kind, value):
     assert personal.suspects(text)
 
 
+@pytest.mark.parametrize("text", ["99.9fm@radio.com", "call 12.5bob@example.com", "1.2john@example.com"])
+def test_addresses_that_begin_with_a_number(personal, text):
+    assert [kind for _, _, kind in personal.find(text)] == ["EMAIL_ADDRESS"]
+
+
+def test_presidio_sees_only_what_is_around_an_at_sign(personal, monkeypatch):
+    """Its pattern of an address is cubic in the text: of 20 kB of "a.a.a" and an @ it would take a minute and a half."""
+    search, lengths = personal._recognizers["EMAIL_ADDRESS"], []
+    monkeypatch.setitem(
+        personal._recognizers, "EMAIL_ADDRESS", lambda text: lengths.append(len(text)) or search(text)
+    )
+    text = "a." * 2_000 + "@ and " + "x" * 1_000 + " ann@example.com " + "y" * 1_000
+    assert [text[start:end] for start, end, _ in personal.find(text)] == ["ann@example.com"]
+    assert len(lengths) == 2 and max(lengths) <= 340
+
+
 @pytest.mark.parametrize("text", PLAIN)
 def test_plain_texts_have_none(personal, text):
     assert personal.find(text) == []
@@ -267,23 +283,67 @@ def test_the_same_input_gives_the_same_output(tmp_path):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
+EVERY = ("--valid_fraction", "0", "--test_fraction", "0")
+
+
 def test_masking_and_keeping(tmp_path):
     rows = [
         {"prompt": "mail ann@example.com", "user_id": 1, "x": [1]},
-        {"prompt": [{"role": "user", "content": "ssn 536-22-8123"}], "user_id": 2},
-        {"instruction": "Answer.", "examples": [{"query": "mail?", "response": "ann@example.com"}], "user_id": 3},
+        {"instruction": "Answer.", "examples": [{"query": "mail?", "response": "ann@example.com"}], "user_id": "3"},
     ]
-    every = ("--valid_fraction", "0", "--test_fraction", "0")
-    splits, report = prepare(tmp_path, rows, "--pii", "mask", *every)
+    splits, report = prepare(tmp_path, rows, "--pii", "mask", *EVERY)
     assert [row["prompt"] for row in splits["train"]] == [
         "mail <EMAIL_ADDRESS>",
-        [{"role": "user", "content": "ssn <US_SSN>"}],
         "Answer.\n\nQuery: mail?\nResponse:",
     ]
-    assert splits["train"][0]["x"] == [1] and splits["train"][2]["completion"] == " <EMAIL_ADDRESS>"
-    assert report["masked"] == 3 and report["personal data found"] == {"EMAIL_ADDRESS": 2, "US_SSN": 1}
-    splits, report = prepare(tmp_path, rows, "--pii", "keep", *every, name="kept")
-    assert splits["train"][0] == rows[0] and report["personal data found"] == {}
+    assert splits["train"][0]["x"] == [1] and splits["train"][1]["completion"] == " <EMAIL_ADDRESS>"
+    assert report["masked"] == 2 and report["personal data found"] == {"EMAIL_ADDRESS": 2}
+    splits, report = prepare(tmp_path, rows, "--pii", "keep", *EVERY, name="kept")
+    assert splits["train"][0] == {**rows[0], "user_id": "1"} and report["personal data found"] == {}
+
+
+def test_conversations_are_searched_too(tmp_path):
+    said = [{"role": "assistant", "content": "ssn 536-22-8123"}]
+    rows = [{"prompt": [{"role": "user", "content": "mail ann@example.com"}], "completion": said, "user_id": 1}]
+    splits, report = prepare(tmp_path, rows, "--pii", "mask", *EVERY)
+    assert splits["train"][0]["prompt"][0]["content"] == "mail <EMAIL_ADDRESS>"
+    assert splits["train"][0]["completion"][0]["content"] == "ssn <US_SSN>" and report["masked"] == 1
+
+
+def test_texts_and_conversations_are_not_mixed(tmp_path, capsys):
+    rows = [{"prompt": "a"}, {"prompt": [{"role": "user", "content": "b"}]}, {"prompt": "c"}]
+    with pytest.raises(SystemExit):
+        prepare(tmp_path, rows)
+    assert "row 2: a conversation among texts" in capsys.readouterr().err
+
+
+def test_masked_prompts_keep_their_users(tmp_path):
+    rows = [{"prompt": f"mail {name}@example.com"} for name in ("ann", "bob", "eve")]
+    splits, report = prepare(tmp_path, rows, "--pii", "mask", *EVERY)
+    assert report["splits"]["train"]["users"] == 3 == len(splits["train"])
+
+
+def test_examples_of_one_few_shot_prompt_stay_together(tmp_path):
+    """Each stands in the prompts of the others."""
+    rows = [
+        {"instruction": f"Number {n}", "examples": [{"query": f"q{k}", "response": f"r{k}"} for k in range(5)]}
+        for n in range(40)
+    ]
+    splits, _ = prepare(tmp_path, rows, "--valid_fraction", "0.3", "--test_fraction", "0.3")
+    of_row: dict[str, set] = defaultdict(set)
+    for split, found in splits.items():
+        for row in found:
+            of_row[row["prompt"].split("\n")[0]].add(split)
+    assert len(of_row) == 40 and all(len(found) == 1 for found in of_row.values())
+    assert all(splits.values())
+
+
+def test_examples_of_odd_letters_are_no_near_duplicates(tmp_path):
+    """Folding case makes a text longer: one letter becomes two."""
+    examples = [{"query": f"query {k}", "response": "r"} for k in range(6)]
+    row = {"instruction": "\u00df" * 300, "examples": examples}
+    splits, report = prepare(tmp_path, [row], *EVERY)
+    assert len(splits["train"]) == 6 and report["dropped"]["near-duplicate"] == 0
 
 
 def test_lengths_categories_sources_and_no_users(tmp_path):
@@ -311,18 +371,26 @@ def test_examples_of_a_few_shot_prompt_are_no_near_duplicates(tmp_path):
 
 def test_bad_rows_are_all_named_or_counted(tmp_path, capsys):
     lines = [b'{"prompt": "a"}', b"{", b'{"prompt": "\xff"}', b'{"prompt": "\\ud800"}', b"", b'{"prompt": 3}']
+    lines += [b'{"prompt": "a", "x": ' + b"1" * 5000 + b"}", b"[" * 100_000]
     raw = tmp_path / "raw.jsonl"
     raw.write_bytes(b"\n".join(lines))
     args = ["--input", str(raw), "--output_dir", str(tmp_path / "out"), "--num_proc", "1"]
     with pytest.raises(SystemExit):
         prepare_prompts.main(args)
     error = capsys.readouterr().err
-    assert "4 of 5 rows are wrong" in error
-    for place, message in ((2, "not valid JSON"), (3, "not UTF-8"), (4, "half a surrogate"), (6, "column 'prompt'")):
+    assert "6 of 7 rows are wrong" in error
+    for place, message in (
+        (2, "not valid JSON"),
+        (3, "not UTF-8"),
+        (4, "half a surrogate"),
+        (6, "column 'prompt'"),
+        (7, "not to be read"),
+        (8, "nested too deep"),
+    ):
         assert f"row {place}" in error and message in error
     assert not (tmp_path / "out").exists()
     prepare_prompts.main([*args, "--skip_bad_rows"])
-    assert json.loads((tmp_path / "out/report.json").read_text())["bad rows left out"] == 4
+    assert json.loads((tmp_path / "out/report.json").read_text())["bad rows left out"] == 6
 
 
 def test_odd_texts_come_out_as_they_were(tmp_path):

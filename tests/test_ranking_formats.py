@@ -231,12 +231,12 @@ def test_pairs_are_all_the_untied_ones(ranking):
         ("shp", {**SHP, "labels": 2}, "column 'labels': expected 1"),
         ("oasst", {"prompt": "a"}, "not a row of OpenAssistant"),
         ("argilla", {"fields": {"prompt": "a"}, "responses": []}, "'response-1'"),
-        ("argilla", {**ARGILLA, "responses": {"r": [{"value": ["response-1"]}]}}, "expected all of response-1"),
+        ("argilla", {**ARGILLA, "responses": {"r": [{"value": ["response-1"]}]}}, "expected each of response-1"),
         ("label_studio", {**STUDIO, "data": {"prompt": "p"}}, "a list of items"),
         (
             "label_studio",
             {**STUDIO, "annotations": [{"result": [{"value": {"ranker": ["k1"]}}]}]},
-            "expected all of k1",
+            "expected each of k1",
         ),
         (
             "label_studio",
@@ -294,6 +294,9 @@ def test_what_is_merged_and_what_is_not():
     assert len(merged) == 3 and merged[1] == rows[1] and merged[2] == rows[2]
     # c beats both others for x, neither for the two unknown: a 2/3, b 1/2, c 1/3
     assert merged[0]["ranks"] == [1, 2, 3] and merged[0]["labeler_ids"] == ["x"]
+    own = {"ratings": [1, 2, 3], "metadata": [{}] * 3, "order": [0, 1, 2], "seconds": 3.0, "models": ["a", "b", "c"]}
+    (row,) = merge_labelers([{**ranked([1, 2, 3], "x"), **own}, ranked([1, 2, 3], "y")])
+    assert set(row) == {"prompt", "completions", "ranks", "labeler_ids", "models"}
     twice = merge_labelers([ranked([1, 2], "x", completions=("a", "a")), ranked([1, 2], "y", completions=("a", "a"))])
     assert twice[0]["ranks"] == [1, 2]
 
@@ -308,6 +311,49 @@ def write(path: Path, rows: list) -> str:
 
 def convert(*args: str) -> None:
     convert_rankings.main(list(args))
+
+
+def test_lines_that_are_not_json_are_bad_rows_too(tmp_path, capsys):
+    good = json.dumps(HH)
+    lines = [good, "{", good, '{"chosen": "\\ud800"}', '{"x": ' + "1" * 5000 + "}", "[" * 100_000, good]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    args = ["--from", "hh", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    with pytest.raises(SystemExit):
+        convert(*args)
+    error = capsys.readouterr().err
+    assert "4 bad rows" in error and all(f"row {n}: " in error for n in (2, 4, 5, 6))
+    convert(*args, "--skip_bad_rows")
+    assert len(read_json(tmp_path / "out.jsonl")) == 3 and "rows: 7" in capsys.readouterr().out
+
+
+def test_columns_of_its_own_do_not_change_a_row():
+    (row,) = read("hh", {**HH, "prompt": "hi"})
+    assert row["prompt"] == "\n\nHuman: hi\n\nAssistant:"
+    (row,) = read("shp", {**SHP, "prompt": "x", "ranks": [3, 3]})
+    assert (row["prompt"], row["ranks"]) == ("Why?", [2, 1])
+
+
+def test_what_contradicts_itself():
+    twice = {**STUDIO, "annotations": [{"result": [{"value": {"ranker": ["k1", "k2", "k1"]}}]}]}
+    same = {**STUDIO, "data": {"prompt": "p", "items": [{"id": "k", "body": "a"}, {"id": "k", "body": "b"}]}}
+    same["annotations"] = [{"result": [{"value": {"ranker": ["k", "k"]}}]}]
+    for row in (twice, same):
+        with pytest.raises(InputError, match="expected each of"):
+            read("label_studio", row)
+    with pytest.raises(InputError, match="expected a number"):
+        read("ultrafeedback", {"instruction": "a", "completions": [{"response": "b", "score": 10**400}] * 2})
+    ranking = {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2], "scores": [1.0, 5.0]}
+    (row,) = FORMATS["ultrafeedback"].write(ranking, "here")
+    assert read("ultrafeedback", row)[0]["ranks"] == [1, 2]  # the ranks count
+
+
+def test_argilla_records_with_answers_that_are_none():
+    answers = [*ARGILLA_1["responses"], {"user_id": "u2", "status": "discarded", "values": None}]
+    assert len(read("argilla", {**ARGILLA_1, "responses": answers})) == 1
+    order = [{"value": f"response-{n}"} for n in (3, 1, 2)]
+    fields = {("input" if name == "prompt" else name): text for name, text in ARGILLA["fields"].items()}
+    record = {"fields": fields, "responses": {"ranking": [{"value": order, "user_id": "u"}]}}
+    assert read("argilla", record)[0]["ranks"] == [2, 3, 1]
 
 
 def test_every_bad_row_is_named_and_nothing_written(tmp_path, capsys):

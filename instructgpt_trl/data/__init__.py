@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .encoding import check_tokenizers, encode_completion, encode_prompt, pack_texts
-    from .files import InputError, check_output_dir, read_rows, write_rows
+    from .files import InputError, check_output_dir, parse_json, read_rows, write_rows
     from .formats import as_conversations, check_rows, load_rows
     from .rows import check_row
 
@@ -21,6 +21,7 @@ _HOMES = {
     "encode_prompt": "encoding",
     "load_rows": "formats",
     "pack_texts": "encoding",
+    "parse_json": "files",
     "read_rows": "files",
     "write_rows": "files",
 }
@@ -36,6 +37,7 @@ __all__ = [
     "encode_prompt",
     "load_rows",
     "pack_texts",
+    "parse_json",
     "read_rows",
     "write_rows",
 ]

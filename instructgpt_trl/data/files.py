@@ -72,8 +72,11 @@ def read_csv(path: Path) -> tuple[list[Any], list[str]]:
     return rows, [f"{path}, row {n}" for n in range(1, len(rows) + 1)]
 
 
-def read_json(path: Path) -> tuple[list[Any], list[str]]:
-    """Rows of a JSON or JSON Lines file, and the place of each ("FILE, row N", from 1 as an editor counts lines)."""
+def read_json(path: Path, bad: list[str] | None = None) -> tuple[list[Any], list[str]]:
+    """
+    Rows of a JSON or JSON Lines file, and the place of each ("FILE, row N", from 1 as an editor counts lines). Lines
+    that are not JSON are told in `bad`, if it is given, and left out.
+    """
     lines = _lines(path)
     if path.suffix.lower() == ".json" and "".join(lines).lstrip().startswith("["):
         try:
@@ -86,13 +89,34 @@ def read_json(path: Path) -> tuple[list[Any], list[str]]:
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}, row {n}: not valid JSON ({error.msg}, column {error.colno}); correct it"
-            ) from None
-        places.append(f"{path}, row {n}")
+            rows.append(parse_json(line, f"{path}, row {n}"))
+            places.append(f"{path}, row {n}")
+        except InputError as error:
+            if bad is None:
+                raise
+            bad.append(str(error))
     return rows, places
+
+
+def parse_json(line: str, where: str) -> Any:
+    """
+    Raises:
+        [`InputError`]: the line is not JSON, or a text in it cannot be written in UTF-8.
+    """
+    try:
+        row = json.loads(line)
+        if "\\ud" in line.lower():
+            json.dumps(row, ensure_ascii=False).encode()
+        return row
+    except json.JSONDecodeError as error:
+        reason = f"not valid JSON ({error.msg}, column {error.colno})"
+    except UnicodeEncodeError:
+        reason = "half a surrogate pair, which is no character"
+    except RecursionError:
+        reason = "nested too deep"
+    except ValueError as error:  # a number of thousands of digits
+        reason = f"not to be read ({error})"
+    raise InputError(f"{where}: {reason}; correct it")
 
 
 READERS: dict[str, Callable[[Path], tuple[list[Any], list[str]]]] = {
@@ -103,9 +127,10 @@ READERS: dict[str, Callable[[Path], tuple[list[Any], list[str]]]] = {
 }
 
 
-def read_rows(source: str) -> tuple[list[Any], list[str]]:
+def read_rows(source: str, bad: list[str] | None = None) -> tuple[list[Any], list[str]]:
     """
     Rows of a `.jsonl`, `.json`, `.csv` or `.parquet` file as they are, and the place of each, to be named in messages.
+    Lines that are not JSON are told in `bad`, if it is given, and left out.
 
     Raises:
         [`InputError`]: no such file, or it cannot be read.
@@ -118,7 +143,8 @@ def read_rows(source: str) -> tuple[list[Any], list[str]]:
         return rows, [f"{source}, row {n}" for n in range(len(rows))]
     if path.suffix.lower() not in READERS:
         raise InputError(f"{source}: unknown file type '{path.suffix}'; use .jsonl, .json, .csv or .parquet")
-    return READERS[path.suffix.lower()](path)
+    reader = READERS[path.suffix.lower()]
+    return reader(path, bad) if reader is read_json else reader(path)
 
 
 def write_rows(rows: Iterable[dict[str, Any]], output: str | os.PathLike) -> None:
@@ -129,7 +155,7 @@ def write_rows(rows: Iterable[dict[str, Any]], output: str | os.PathLike) -> Non
         "w", dir=output.parent, prefix=".unfinished-", encoding="utf-8", delete=False
     ) as f:
         try:
-            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            f.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)  # dates
             f.flush()
             os.fsync(f.fileno())
             os.replace(f.name, output)

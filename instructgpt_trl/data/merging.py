@@ -9,6 +9,8 @@ from .ranking_formats import ranks_of
 __all__ = ["merge_labelers"]
 
 Row = dict[str, Any]
+# Columns of one labeler's ranking, which say nothing of several
+OF_A_LABELER = {"labeler_id", "scores", "ratings", "metadata", "order", "seconds", "time", "id", "version"}
 
 
 def merge_labelers(rankings: Iterable[Row]) -> list[Row]:
@@ -37,7 +39,7 @@ def _merged(rows: list[Row]) -> Row:
         for place, share in zip(places, _shares(row["ranks"]), strict=True):
             sums[place] += share
     labelers = [row["labeler_id"] for row in rows if row.get("labeler_id") is not None]
-    rest = {name: value for name, value in first.items() if name not in ("labeler_id", "scores")}
+    rest = {name: value for name, value in first.items() if name not in OF_A_LABELER}
     scores = [round(total / len(rows), 9) for total in sums]
     return {**rest, "ranks": ranks_of(scores), "labeler_ids": labelers}
 

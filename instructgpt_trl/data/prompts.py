@@ -55,7 +55,8 @@ def check_raw_prompt(row: Any, where: str) -> dict[str, Any]:
     if isinstance(row, dict) and row.get("prompt") is None and row.get("examples") is not None:
         _check_few_shot(row, where)
     else:
-        check_row(row, "prompt", where)
+        answered = isinstance(row, dict) and row.get("completion") is not None
+        check_row(row, "demonstration" if answered else "prompt", where)
     user = row.get("user_id")
     if user is not None and (isinstance(user, bool) or not isinstance(user, str | int) or user == ""):
         raise InputError(
@@ -108,10 +109,11 @@ def number_of(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def prefix_key(text: str, prefix_length: int) -> int:
+def prefix_key(text: str, prefix_length: int | None) -> int:
     """
     A number that two prompts have in common if they are near-duplicates: their first `prefix_length` characters are
-    the same, but for case and the amount of white space. A prompt that is shorter has only its like.
+    the same, but for case and the amount of white space. A prompt that is shorter, or any where `prefix_length` is
+    `None`, has only its like.
 
     The paper drops prompts "that share a long common prefix" and does not say how long.
     """

@@ -108,7 +108,7 @@ def _read_hh(row: Row, where: str) -> list[Row]:
             f"{where}: 'chosen' and 'rejected' do not begin with the same turns up to '\\n\\nAssistant:'; drop the row"
         )
     rest = _without(row, "chosen", "rejected")
-    return [{"prompt": chosen[:end], "completions": [chosen[end:], rejected[end:]], "ranks": [1, 2], **rest}]
+    return [{**rest, "prompt": chosen[:end], "completions": [chosen[end:], rejected[end:]], "ranks": [1, 2]}]
 
 
 def _write_hh(ranking: Row, where: str) -> list[Row]:
@@ -169,7 +169,9 @@ def _read_ultrafeedback(row: Row, where: str) -> list[Row]:
 
 def _write_ultrafeedback(ranking: Row, where: str) -> list[Row]:
     worst = max(ranking["ranks"])
-    scores = ranking.get("scores") or [worst + 1 - rank for rank in ranking["ranks"]]
+    scores = ranking.get("scores")
+    if not scores or ranks_of(scores) != ranks_of([-rank for rank in ranking["ranks"]]):  # merged since, or corrected
+        scores = [worst + 1 - rank for rank in ranking["ranks"]]
     models = ranking.get("models") or [None] * len(scores)
     completions = [
         {**({"model": model} if model else {}), "response": text, "fine-grained_score": score}
@@ -187,7 +189,7 @@ def _plain(ranking: Row, where: str) -> str:
 def _number(value: Any, where: str) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = float("nan")
     if isinstance(value, bool) or number != number:
         raise InputError(f"{where}: expected a number, got {value!r}; correct it or drop the row")
@@ -203,7 +205,7 @@ def _read_shp(row: Row, where: str) -> list[Row]:
     ranks = [1, 2] if row["labels"] == 1 else [2, 1]
     completions = [row["human_ref_A"], row["human_ref_B"]]
     rest = _without(row, "history", "human_ref_A", "human_ref_B", "labels")
-    return [{"prompt": row["history"], "completions": completions, "ranks": ranks, **rest}]
+    return [{**rest, "prompt": row["history"], "completions": completions, "ranks": ranks}]
 
 
 def _write_shp(ranking: Row, where: str) -> list[Row]:
@@ -275,7 +277,8 @@ RESPONSE = re.compile(r"response[-_]?\d+|completion[-_]?\d+")
 
 def _read_argilla(row: Row, where: str) -> list[Row]:
     fields = row["fields"]
-    prompt = next((fields[name] for name in ("prompt", "instruction", "question") if name in fields), None)
+    asked = ("prompt", "instruction", "question", "input", "query", "text")
+    prompt = next((fields[name] for name in asked if name in fields), None)
     names = [name for name in fields if RESPONSE.fullmatch(name)]
     if prompt is None or len(names) < 2:
         raise InputError(
@@ -285,7 +288,7 @@ def _read_argilla(row: Row, where: str) -> list[Row]:
     if isinstance(responses, dict):  # Argilla 2: by question
         answers = [one for of in responses.values() for one in of]
     else:  # Argilla 1: by user
-        answers = [{**one, **value} for one in responses for value in one["values"].values()]
+        answers = [{**one, **value} for one in responses for value in (one.get("values") or {}).values()]
     rankings = []
     for answer in answers:
         if answer.get("status") in ("draft", "discarded") or not _is_ranking(answer["value"], names):
@@ -312,16 +315,20 @@ def _is_ranking(value: Any, names: list[str]) -> bool:
 
 
 def _ranks_by_name(value: list[Any], names: list[str], where: str) -> list[int]:
-    """From [{"value": name, "rank": r}, ...], or from names with the best first."""
-    ranks = {
-        one["value"] if isinstance(one, dict) else one: one["rank"] if isinstance(one, dict) else place
-        for place, one in enumerate(value, start=1)
-    }
-    if set(ranks) != set(names):
+    """From [{"value": name, "rank": r}, ...], or from names, in objects or not, with the best first."""
+    each = [one if isinstance(one, dict) else {"value": one} for one in value]
+    return _in_order([(one["value"], one.get("rank", place)) for place, one in enumerate(each, start=1)], names, where)
+
+
+def _in_order(ranks: list[tuple[str, int]], names: list[str], where: str) -> list[int]:
+    """The ranks in the order of the names, each of which has to have one."""
+    ranked = [name for name, _ in ranks]
+    if sorted(ranked, key=str) != sorted(names) or len(set(names)) < len(names):
         raise InputError(
-            f"{where}: the ranking has {', '.join(map(str, ranks))}; expected all of {', '.join(names)}; drop it"
+            f"{where}: the ranking has {', '.join(map(str, ranked))}; expected each of {', '.join(names)} once; "
+            f"drop it"
         )
-    return [ranks[name] for name in names]
+    return [dict(ranks)[name] for name in names]
 
 
 def _write_argilla(ranking: Row, where: str) -> list[Row]:
@@ -375,10 +382,8 @@ def _ranks_by_item(value: Any, names: list[str], where: str) -> list[int]:
         raise InputError(f"{where}: expected a ranking in one list, got {str(value)[:60]}; buckets are no order")
     levels = [tied if isinstance(tied, list) else [tied] for tied in order]
     before = [sum(map(len, levels[:level])) for level in range(len(levels))]
-    ranks = {str(name): 1 + better for level, better in zip(levels, before, strict=True) for name in level}
-    if set(ranks) != set(names):
-        raise InputError(f"{where}: the ranking has {', '.join(ranks)}; expected all of {', '.join(names)}; drop it")
-    return [ranks[name] for name in names]
+    ranks = [(str(name), 1 + better) for level, better in zip(levels, before, strict=True) for name in level]
+    return _in_order(ranks, names, where)
 
 
 def _labeler(who: Any) -> Row:

@@ -43,8 +43,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def convert(args: argparse.Namespace) -> dict[str, int]:
     """Counts of what was read, and of what became of it."""
-    rows, places = read_rows(str(args.input))
     bad: list[str] = []
+    rows, places = read_rows(str(args.input), bad)
+    unread = len(bad)
     rankings: list[tuple[Row, str]] = []
     for row, where in zip(tqdm(rows, desc=f"reading {args.input.name}"), places, strict=True):
         try:
@@ -54,7 +55,7 @@ def convert(args: argparse.Namespace) -> dict[str, int]:
             rankings += [(ranking, where) for ranking in found]
         except InputError as error:
             bad.append(str(error))
-    counts = {"rows": len(rows), "bad rows": len(bad), "rankings": len(rankings)}
+    counts = {"rows": len(rows) + unread, "bad rows": len(bad), "rankings": len(rankings)}
     if args.drop_empty:
         rankings = [(ranking, where) for ranking, where in map(_without_empty, rankings) if ranking]
         counts["rankings of two texts or more"] = len(rankings)

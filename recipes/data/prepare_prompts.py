@@ -28,15 +28,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import cache, partial
-from itertools import islice
 from multiprocessing import Pool
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from instructgpt_trl.data import InputError, check_output_dir
+from instructgpt_trl.data import InputError, check_output_dir, parse_json
 from instructgpt_trl.data.pii import PersonalData
 from instructgpt_trl.data.prompts import (
     check_raw_prompt,
@@ -54,7 +53,7 @@ Row = dict[str, Any]
 SPLITS = ("train", "valid", "test")
 RULES = ("too short", "too long", "near-duplicate", "over the user's limit")  # what becomes of the others
 FATES = {name: code for code, name in enumerate((*SPLITS, *RULES))}
-BLOCK = 20_000  # prompts that are searched for personal data at a time, by all processes
+BLOCK, BLOCK_CHARACTERS = 20_000, 20_000_000  # prompts that are searched at a time, by all processes
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -97,6 +96,14 @@ def outputs() -> list[str]:
     return [*(f"{split}.jsonl" for split in SPLITS), "report.json"]
 
 
+class Prompt(NamedTuple):
+    """A prompt's row, a number of its user, and whether it is an example of a few-shot prompt."""
+
+    row: Row
+    user: int
+    few_shot: bool
+
+
 class RawPrompts:
     """The prompts of a file of raw rows, few-shot rows expanded. Reading it twice gives the same or an error."""
 
@@ -106,9 +113,9 @@ class RawPrompts:
         self.rows = self.few_shot = 0
         self.state = self._state()
 
-    def __iter__(self) -> Iterator[tuple[Row, bool]]:
-        """Each prompt's row, and whether it is an example of a few-shot prompt."""
+    def __iter__(self) -> Iterator[Prompt]:
         self.bad, self.rows, self.few_shot = [], 0, 0
+        talks = None  # whether prompts are conversations: other tools read a file of one kind only
         with (
             self.path.open("rb") as file,
             tqdm(total=self.state[1], unit="B", unit_scale=True, desc=f"reading {self.path.name}") as bar,
@@ -119,14 +126,18 @@ class RawPrompts:
                     continue
                 self.rows += 1
                 try:
-                    row = self._row(line, f"{self.path}, row {number}")
+                    row = self._row(line, f"{self.path}, row {number}", talks)
                 except InputError as error:
                     self.bad.append(str(error))
                     continue
-                several = "examples" in row and row.get("prompt") is None
+                talks = isinstance(row.get("prompt"), list)
+                several = row.get("prompt") is None
                 self.few_shot += several
+                user = user_of(row)
+                if row.get("user_id") is not None:
+                    row["user_id"] = str(row["user_id"])  # a column of text and numbers is none
                 for one in expand_few_shot(row):
-                    yield one, several
+                    yield Prompt(one, user, several)
         if self._state() != self.state:
             raise InputError(f"{self.path}: was changed while it was read; run again")
         if self.bad and not self.skip:
@@ -139,19 +150,14 @@ class RawPrompts:
         if not self.rows:
             raise InputError(f"{self.path}: no rows; expected JSON Lines with a column 'prompt'")
 
-    def _row(self, line: bytes, where: str) -> Row:
+    def _row(self, line: bytes, where: str, talks: bool | None) -> Row:
         try:
-            row = json.loads(line.decode("utf-8-sig"))
-            check_raw_prompt(row, where)
-            json.dumps(row, ensure_ascii=False).encode()
+            row = check_raw_prompt(parse_json(line.decode("utf-8-sig"), where), where)
         except UnicodeDecodeError as error:
             raise InputError(f"{where}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
-        except UnicodeEncodeError:
-            raise InputError(f"{where}: half a surrogate pair, which is no character; correct it") from None
-        except RecursionError:
-            raise InputError(f"{where}: nested too deep; correct it") from None
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not valid JSON ({error.msg}, column {error.colno}); correct it") from None
+        if talks is not None and talks != isinstance(row.get("prompt"), list):
+            kinds = ("a text", "conversations") if talks else ("a conversation", "texts")
+            raise InputError(f"{where}: {kinds[0]} among {kinds[1]}; put them into files of their own")
         return row
 
     def _state(self) -> tuple[int, int]:
@@ -162,12 +168,12 @@ class RawPrompts:
 def fates_of(prompts: RawPrompts, args: argparse.Namespace) -> np.ndarray:
     """What becomes of each prompt, a number of `FATES`: (N,)."""
     keys, lengths, users = array("Q"), array("Q"), array("Q")
-    for row, few_shot in prompts:
-        text = text_of(row["prompt"])
+    for prompt in prompts:
+        text = text_of(prompt.row["prompt"])
         # All of it where the beginning is shared by nature
-        keys.append(prefix_key(text, len(text) if few_shot else args.prefix_length))
+        keys.append(prefix_key(text, None if prompt.few_shot else args.prefix_length))
         lengths.append(len(text))
-        users.append(user_of(row, text))
+        users.append(prompt.user)
     key, length, user = (np.frombuffer(numbers, dtype=np.uint64) for numbers in (keys, lengths, users))
     fates = np.zeros(len(key), dtype=np.uint8)
     fates[length < args.min_characters] = FATES["too short"]
@@ -190,8 +196,11 @@ def among_kept(fates: np.ndarray, rule: Any, *numbers: np.ndarray, fate: str) ->
     return out
 
 
-def user_of(row: Row, text: str) -> int:
-    return number_of(f"prompt {text}" if row.get("user_id") is None else f"user {row['user_id']}")
+def user_of(row: Row) -> int:
+    """A number of a raw row's user; a prompt without one has its own, the examples of a few-shot prompt together."""
+    if row.get("user_id") is not None:
+        return number_of(f"user {row['user_id']}")
+    return number_of("prompt " + json.dumps([row.get("prompt"), row.get("instruction"), row.get("examples")]))
 
 
 @cache
@@ -204,20 +213,23 @@ def searched(row: Row, masked: bool) -> tuple[Row, list[str]]:
     """A row and the kinds of personal data in its prompt and completion, which are masked if asked for."""
     kinds = [kind for text in texts_of(row) for _, _, kind in personal_data().find(text)]
     if kinds and masked:
-        mask = personal_data().mask
-        prompt = row["prompt"]
-        if isinstance(prompt, str):
-            row = {**row, "prompt": mask(prompt)}
-        else:
-            row = {**row, "prompt": [{**message, "content": mask(message["content"])} for message in prompt]}
-        if isinstance(row.get("completion"), str):
-            row["completion"] = mask(row["completion"])
+        row = {**row, **{name: masked_text(row[name]) for name in ("prompt", "completion") if row.get(name)}}
     return row, kinds
 
 
+def masked_text(value: Any) -> Any:
+    """A text or a conversation with personal data masked."""
+    if isinstance(value, str):
+        return personal_data().mask(value)
+    return [{**message, "content": personal_data().mask(message["content"])} for message in value]
+
+
 def texts_of(row: Row) -> list[str]:
-    prompt = [row["prompt"]] if isinstance(row["prompt"], str) else [message["content"] for message in row["prompt"]]
-    return prompt + ([row["completion"]] if isinstance(row.get("completion"), str) else [])
+    """Texts of prompt and completion, of a conversation each message's."""
+    values = [row[name] for name in ("prompt", "completion") if row.get(name)]
+    return [
+        text for value in values for text in ([value] if isinstance(value, str) else [m["content"] for m in value])
+    ]
 
 
 class Writer:
@@ -234,48 +246,58 @@ class Writer:
         }
         self.personal, self.kinds = 0, Counter()
 
-    def write(self, split: str, row: Row, kinds: list[str]) -> None:
+    def write(self, split: str, row: Row, user: int, kinds: list[str]) -> None:
         if kinds:
             self.personal += 1
             self.kinds.update(kinds)
             if self.args.pii == "drop":
                 return
-        text = text_of(row["prompt"])
         if self.args.assign_categories and row.get("category") is None:
-            row = {**row, "category": use_case(text)}
+            row = {**row, "category": use_case(text_of(row["prompt"]))}
         self.files[split].write(json.dumps(row, ensure_ascii=False) + "\n")
         counts = self.counts[split]
         counts["source"][str(row.get("source") or "not given")] += 1
         counts["category"][row.get("category") or "not given"] += 1
-        counts["user"][user_of(row, text)] += 1
+        counts["user"][user] += 1
 
 
-def those_that_stay(prompts: RawPrompts, fates: bytes) -> Iterator[tuple[Row, int]]:
-    for place, (row, _) in enumerate(prompts):  # which tells at its end if there are others than before
+def those_that_stay(prompts: RawPrompts, fates: bytes) -> Iterator[tuple[Prompt, int]]:
+    for place, prompt in enumerate(prompts):  # which tells at its end if there are others than before
         if place < len(fates) and fates[place] < len(SPLITS):
-            yield row, fates[place]
+            yield prompt, fates[place]
+
+
+def in_blocks(chosen: Iterator[tuple[Prompt, int]]) -> Iterator[list[tuple[Prompt, int]]]:
+    """So many at a time, or so many characters."""
+    block, size = [], 0
+    for prompt, fate in chosen:
+        block.append((prompt, fate))
+        size += sum(map(len, texts_of(prompt.row)))
+        if len(block) == BLOCK or size > BLOCK_CHARACTERS:
+            yield block
+            block, size = [], 0
+    yield block
 
 
 def write_splits(prompts: RawPrompts, fates: np.ndarray, writer: Writer, args: argparse.Namespace) -> None:
     """Write every prompt that stays into its split, in the order of the input."""
-    chosen = those_that_stay(prompts, fates.tobytes())
     search = partial(searched, masked=args.pii == "mask")
     if args.pii != "keep":
         personal_data().load()
     with Pool(args.num_proc) as pool:
-        while block := list(islice(chosen, BLOCK)):
+        for block in in_blocks(those_that_stay(prompts, fates.tobytes())):
             # Only those of the training split are searched, and only those with a sign of something leave this process
-            asked = [
-                place
-                for place, (row, fate) in enumerate(block)
-                if args.pii != "keep" and fate == FATES["train"] and any(map(personal_data().suspects, texts_of(row)))
-            ]
-            answers = dict(
-                zip(asked, pool.map(search, (block[place][0] for place in asked), chunksize=64), strict=True)
-            )
-            for place, (row, fate) in enumerate(block):
-                row, kinds = answers.get(place, (row, []))
-                writer.write(SPLITS[fate], row, kinds)
+            asked = {
+                place: prompt.row
+                for place, (prompt, fate) in enumerate(block)
+                if args.pii != "keep"
+                and fate == FATES["train"]
+                and any(map(personal_data().suspects, texts_of(prompt.row)))
+            }
+            answers = dict(zip(asked, pool.map(search, asked.values(), chunksize=64), strict=True))
+            for place, (prompt, fate) in enumerate(block):
+                row, kinds = answers.get(place, (prompt.row, []))
+                writer.write(SPLITS[fate], row, prompt.user, kinds)
 
 
 def report_of(prompts: RawPrompts, fates: np.ndarray, writer: Writer, args: argparse.Namespace) -> Row:
