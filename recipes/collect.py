@@ -3,11 +3,11 @@ Several completions a prompt from one or several policies, as tasks for recipes/
 
     python recipes/collect.py --policies runs/sft runs/ppo_ptx --dataset prompts.jsonl --output tasks.jsonl
 
-The completions of a prompt are drawn in equal parts from the policies (the paper mixes SFT and PPO policies); where
-two say the same, further ones are drawn, and what is still the same is left out. A task has `id`, `prompt`,
-`completions`,
-`models` (the policy of each, which label.py does not show) and the other columns of the prompt. Stopped, it goes on
-where it was. Flags of `trl.ModelConfig` (`--load_in_4bit`, `--dtype`) and `--config` count as in sft.py.
+The completions of a prompt are drawn in equal parts from the policies (the paper mixes SFT and PPO policies); where two
+say the same, further ones are drawn, and what is still the same is left out. A task has `id`, `prompt`, `completions`,
+`models` (the policy of each, which label.py does not show) and the other columns of the prompt, its own `id` as
+`prompt_id`. Stopped, it goes on where it was. Flags of `trl.ModelConfig` (`--load_in_4bit`, `--dtype`) and `--config`
+count as in sft.py.
 """
 
 import hashlib
@@ -210,7 +210,8 @@ def tasks(args: Arguments, rows: list[Row], drawn: Drawn) -> Iterator[Row]:
         talks = not isinstance(row["prompt"], str)
         completions = [[{"role": "assistant", "content": text}] if talks else text for text in texts]
         name = hashlib.sha256(json.dumps([row["prompt"], texts], ensure_ascii=False).encode()).hexdigest()[:16]
-        yield {**row, "id": f"{name}-{place}", "completions": completions, "models": models}
+        own = {} if row.get("id") is None else {"prompt_id": row["id"]}
+        yield {**row, **own, "id": f"{name}-{place}", "completions": completions, "models": models}
 
 
 def main(argv: list[str]) -> None:

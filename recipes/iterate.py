@@ -15,8 +15,10 @@ again, it goes on with what is not finished, a training from its last checkpoint
 """
 
 import argparse
+import hashlib
 import importlib.util
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -81,8 +83,8 @@ class Loop:
         settings = {
             "sft": self.sft,
             "num_prompts": self.num_prompts,
-            "prompts": len(rows),
-            "rankings": str(self.rankings),
+            "prompts": hashlib.sha256(json.dumps([row["prompt"] for row in rows]).encode()).hexdigest(),
+            "rankings": self.rankings and hashlib.sha256(self.rankings.read_bytes()).hexdigest(),
             **{name: path and path.read_text() for name, path in self._configs().items()},
         }
         file = self.output_dir / "loop.json"
@@ -130,7 +132,8 @@ class Loop:
             return
         left = unlabeled(rows, rankings)
         if left:
-            print(f"label them:  python {RECIPES / 'label.py'} --tasks {tasks} --output {rankings} --overlap 0")
+            flags = ["--tasks", str(tasks), "--output", str(rankings), "--overlap", "0"]
+            print("label them: ", shlex.join(["python", str(RECIPES / "label.py"), *flags]))
         while left:
             print(f"\rwaiting for {left} of {len(rows)} labels  ", end="", flush=True)
             time.sleep(LOOK)
@@ -142,8 +145,12 @@ class Loop:
         files = [self.folder(k) / "rankings.jsonl" for k in range(1, number + 1)]
         files = ([self.rankings] if self.rankings else []) + files
         all_rankings = self.folder(number) / "all_rankings.jsonl"
-        if not (self.folder(number) / "reward").is_dir():
+        if not all_rankings.is_file():
+            # Of a round in which every task was skipped there is nothing
+            files = [file for file in files if file.is_file() and file.read_bytes().strip()]
             rows = [row for file in files for row in load_rows(str(file), "ranking", allow_empty=True)]
+            if not rows:
+                raise InputError(f"{self.folder(number)}: no rankings so far; label some of its tasks")
             kept = ("prompt", "completions", "ranks", "labeler_id")
             write_rows([{name: row[name] for name in kept if row.get(name) is not None} for row in rows], all_rankings)
         flags = ["--model_name_or_path", self.sft, "--dataset", str(all_rankings)]
@@ -169,12 +176,21 @@ def train(name: str, config: Path, flags: list[str], output: Path) -> None:
     if output.is_dir():
         return
     unfinished = output.with_name(f"{output.name}.unfinished")
-    if unfinished.is_dir() and get_last_checkpoint(str(unfinished)):
+    if last_checkpoint(unfinished):
         flags = [*flags, "--resume_from_checkpoint", "true"]
     elif unfinished.is_dir():
         shutil.rmtree(unfinished)  # ours, and of no use
     recipe(name, config, [*flags, "--output_dir", str(unfinished)])
     unfinished.rename(output)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The last whole checkpoint; those behind it, at whose writing the run was stopped, go."""
+    while folder.is_dir() and (found := get_last_checkpoint(str(folder))):
+        if (Path(found) / "trainer_state.json").is_file():  # which is written last
+            return found
+        shutil.rmtree(found)
+    return None
 
 
 def recipe(name: str, config: Path | None, flags: list[str]) -> None:
@@ -236,6 +252,9 @@ def main(argv: list[str] | None = None) -> None:
     except (InputError, OSError) as error:
         print("error:", error, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on here", file=sys.stderr)
+        sys.exit(130)
     print(f"\npolicy: {args.output_dir / f'round_{args.rounds}' / 'policy'}")
 
 

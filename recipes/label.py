@@ -9,8 +9,8 @@ demonstration. Who wrote a completion is not shown, and each labeler sees them i
 rated from 1 to 7 and asked the paper's eleven questions, then all are ranked, ties allowed [InstructGPT 3.4, B.2].
 
 What is sent is on disk before the page says so. Rankings go straight into recipes/reward.py and eval/agreement.py;
-demonstrations, for recipes/sft.py, and skipped tasks stand in files beside them. It listens on this machine only;
-`--host` with another address wants a token, which is made if none is given.
+demonstrations, for recipes/sft.py, skipped tasks and what was shown to whom stand in files beside them. It listens on
+this machine only; `--host` with another address wants a token, which is made if none is given.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from typing import Annotated, Any
 
 import uvicorn
 from fastapi import Body, FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from labeling.labels import QUESTIONS, Labels, Refused
 from labeling.tasks import Task, TaskFile
@@ -53,7 +54,7 @@ class Ranking(Answer):
     ranks: list[Annotated[int, Field(ge=1)]]
     ratings: list[Annotated[int, Field(ge=1, le=7)]]
     metadata: list[dict[str, bool]]
-    seconds: Annotated[float, Field(ge=0)] = 0.0
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
 
 class Demonstration(Answer):
@@ -141,23 +142,31 @@ def make_app(labels: Labels, token: str | None, hosts: set[str]) -> FastAPI:
     def skip(answer: Annotated[Skip, Body()]) -> dict[str, Any]:
         return save("skip", answer)
 
+    @app.get("/api/answer")
+    def answer_of(id: str, labeler: Name) -> dict[str, Any]:
+        """An answer and its task, which the page keeps before it has the answer taken out."""
+        row = labels.answer(id, labeler)
+        task = row and labels.shown(row["task"], row["version"], labeler)
+        return {"answer": row and given(row), "task": task and shown(task, labeler)}
+
+    @app.exception_handler(RequestValidationError)
+    def wrong(request: Request, error: RequestValidationError) -> JSONResponse:
+        """Where and why, without what was sent, which may be no text."""
+        said = "; ".join(f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in error.errors())
+        return JSONResponse({"detail": said.encode("utf-8", "replace").decode()}, status_code=422)
+
     @app.post("/api/undo")
     def undo(what: Annotated[Undo, Body()]) -> dict[str, Any]:
         try:
-            row = labels.undo(what.id, what.labeler)
+            labels.undo(what.id, what.labeler)
         except OSError as error:
             raise HTTPException(507, f"not undone: {error.strerror or error}") from None
-        task = row and labels.task(row["task"])
-        return {
-            "answer": row and undone(row),
-            "task": task and shown(task, what.labeler),
-            "progress": labels.progress(what.labeler),
-        }
+        return {"progress": labels.progress(what.labeler)}
 
     return app
 
 
-def undone(row: dict[str, Any]) -> dict[str, Any]:
+def given(row: dict[str, Any]) -> dict[str, Any]:
     """What the page needs to show an answer again: of a ranking the values in the order that was shown."""
     out = {name: row[name] for name in ("kind", "task", "reason") if name in row}
     if row["kind"] == "demonstration":
@@ -181,7 +190,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, help="JSON Lines of rankings; is added to")
     parser.add_argument("--overlap", type=float, default=0.1, help="share of tasks that two labelers rank")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=8765)
+    parser.add_argument("--port", type=int, choices=range(1, 65536), metavar="PORT", default=8765)
     parser.add_argument("--token", help="with another --host: what browsers have to bring; made if not given")
     return parser.parse_args(argv)
 

@@ -193,8 +193,10 @@ def test_two_rounds_and_going_on(loop, base_dir, tmp_path):
     AutoModelForCausalLM.from_pretrained(second / "policy")
     made.run()
     assert ran == STAGES * 2  # all is there
-    # A stage that was stopped is done again, and what is behind it
+    # A stage that was stopped is done again; at half a checkpoint nothing goes on
     (second / "policy").rename(second / "policy.unfinished")
+    (second / "policy.unfinished" / "checkpoint-1").mkdir()
+    (second / "policy.unfinished" / "checkpoint-1" / "model.safetensors").write_bytes(b"half")
     made.run()
     assert ran == [*STAGES * 2, "ppo_ptx.py"] and not (second / "policy.unfinished").exists()
 
@@ -203,9 +205,21 @@ def test_other_settings_are_refused(loop, tmp_path):
     made, ran = loop
     made._begin([{"prompt": "p"}] * 5)
     (tmp_path / "ppo.yaml").write_text("max_steps: 2\n")
-    with pytest.raises(InputError, match="begun with other ppo_config"):
+    with pytest.raises(InputError, match="begun with other prompts, ppo_config"):
         made.run()
     assert ran == []
+
+
+def test_a_round_without_labels_leaves_those_of_others(loop):
+    made, ran = loop
+    for number, text in ((1, '{"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2]}\n'), (2, "")):
+        made.folder(number).mkdir(parents=True)
+        (made.folder(number) / "rankings.jsonl").write_text(text)
+    made.reward(2)
+    assert ran == ["reward.py"] and len(read(made.folder(2) / "all_rankings.jsonl")) == 1
+    (made.folder(1) / "rankings.jsonl").write_text("")
+    with pytest.raises(InputError, match="no rankings so far"):
+        made.reward(1)
 
 
 def test_it_waits_for_people(loop, monkeypatch, capsys):

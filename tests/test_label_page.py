@@ -243,6 +243,49 @@ def test_a_server_that_dies_and_a_browser_that_does(browser, server):
     assert len(read(server.output)) == 2 == len({row["task"] for row in read(server.output)})
 
 
+def test_undo_when_the_server_dies_or_the_tasks_change(browser, server, tmp_path):
+    """What is taken back is in the browser before it leaves the disk, with the texts that were ranked."""
+    page = opened(browser, server)
+    first = page.inner_text("#prompt")
+    rate_all(page, "4321")
+    page.keyboard.press("Control+Enter")
+    saved(page, server, 1)
+    until(page, "#progress", "^1 of 4")
+    changed = [{**row, "completions": ["new", "texts"], "models": ["x", "y"]} for row in TASKS]
+    write(tmp_path / "tasks.jsonl", changed)
+    page.route("**/api/undo", lambda route: (server.kill(), route.abort()))
+    page.click("#undo")
+    until(page, "#state", "^not saved yet")
+    page.unroute("**/api/undo")
+    server.start()
+    page.wait_for_selector("#rank:not([hidden])")
+    assert page.inner_text("#prompt") == first and levels(page) == [[0], [1], [2], [3]]
+    assert read(server.output) == []
+    page.keyboard.press("Control+Enter")
+    (row,) = saved(page, server, 1)
+    assert row["completions"] == TASKS[0]["completions"] and shown(row, "ranks") == [1, 2, 3, 4]
+
+
+def test_a_new_token_keeps_what_was_not_sent(browser, tmp_path):
+    tasks, output = write(tmp_path / "tasks.jsonl", TASKS), tmp_path / "rankings.jsonl"
+    one = Server(tasks, output, "--token", "first")
+    with one:
+        page = browser.new_context().new_page()
+        page.goto(f"{one.url}/?token=first")
+        page.fill("#name", "ann")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#work:not([hidden])")
+        page.click("#skip")
+        one.kill()
+        one.command[-1] = "second"
+        one.start()
+        page.click("#skip-dialog button.main")
+        until(page, "#state", "kept in this browser")
+        page.goto(f"{one.url}/?token=second")
+        until(page, "#progress", "1 by you")
+    assert len(read(output.with_name("rankings.skips.jsonl"))) == 1
+
+
 def test_two_browsers_at_once_lose_nothing(browser, server):
     pages = [opened(browser, server, name) for name in ("ann", "bob")]
     assert pages[0].inner_text("#prompt") != pages[1].inner_text("#prompt")

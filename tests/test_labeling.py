@@ -38,36 +38,56 @@ def opened():
 
 # The file
 
+OWN = {"task": "t", "labeler_id": "ann"}
+
 
 def test_a_row_is_there_once_and_comes_back(tmp_path, opened):
     log = Log(tmp_path / "new" / "log.jsonl")
-    for row in ({"id": "a", "x": "\u2028 \U0001f600"}, {"id": "b"}, {"id": "a", "x": "again"}):
+    odd = {"id": "a", **OWN, "x": "\u2028 \U0001f600"}
+    for row in (odd, {"id": "b", **OWN}, {"id": "a", **OWN, "x": "again"}):
         log.append(row)
     log.close()
     again = opened(Log(tmp_path / "new" / "log.jsonl"))
-    assert again.rows == {"a": {"id": "a", "x": "\u2028 \U0001f600"}, "b": {"id": "b"}}
+    assert again.rows == {"a": odd, "b": {"id": "b", **OWN}}
     again.remove("a")
-    again.append({"id": "c"})
+    again.append({"id": "c", **OWN})
     assert [row["id"] for row in read(tmp_path / "new" / "log.jsonl")] == ["b", "c"]
     with pytest.raises(InputError, match="another server writes to it"):
         Log(tmp_path / "new" / "log.jsonl")
 
 
-def test_half_a_row_at_the_end_goes_and_others_are_kept(tmp_path, opened):
+WHOLE = b'{"id": "a", "task": "t", "labeler_id": "ann"}'
+
+
+@pytest.mark.parametrize("half", [b'{"id": "b", "te', b'{"id', b'{"id": "b", "task": "\xff'])
+def test_half_a_row_at_the_end_goes_and_others_are_kept(tmp_path, opened, half):
     path = tmp_path / "log.jsonl"
-    path.write_bytes(b'{"id": "a"}\n{"id": "b", "te')
+    path.write_bytes(WHOLE + b"\n" + half)
     log = opened(Log(path))
-    assert list(log.rows) == ["a"] and path.read_bytes() == b'{"id": "a"}\n'
-    log.append({"id": "b"})
-    assert path.read_bytes() == b'{"id": "a"}\n{"id": "b"}\n'
+    assert list(log.rows) == ["a"] and path.read_bytes() == WHOLE + b"\n"
+    log.append({"id": "b", **OWN})
+    assert [row["id"] for row in read(path)] == ["a", "b"]
+
+
+def test_a_whole_row_without_a_newline_gets_one(tmp_path, opened):
+    """As an editor leaves it."""
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(WHOLE)
+    log = opened(Log(path))
+    log.append({"id": "b", **OWN})
+    assert [row["id"] for row in read(path)] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"id": "a"}\n{\n', "row 2: not a row of this page"),
+        ('{"id": "a", "task": "t", "labeler_id": "l"}\n{\n', "row 2: not a row of this page"),
         ('{"prompt": "a"}\n', "row 1: not a row of this page"),
-        ('{"id": "a"}\n{"id": "a"}\n', "row 2: the id 'a' is there twice"),
+        ('{"prompt": "my only copy"}', "row 1: not a row of this page"),
+        ("some text", "row 1: not a row of this page"),
+        ('{"id": "a", "prompt": "p"}\n', "row 1: not a row of this page"),
+        ('{"id": ["a"], "task": "t", "labeler_id": "l"}\n', "row 1: not a row of this page"),
+        ('{"id": "a", "task": "t", "labeler_id": "l"}\n' * 2, "row 2: the id 'a' is there twice"),
     ],
 )
 def test_files_of_others_are_refused_and_left_alone(tmp_path, text, message):
@@ -78,9 +98,24 @@ def test_files_of_others_are_refused_and_left_alone(tmp_path, text, message):
     assert path.read_text() == text
 
 
+def test_a_file_that_another_program_replaces_is_noticed(tmp_path, opened):
+    """What is written to a file without a name is lost when the process ends."""
+    log = opened(Log(tmp_path / "log.jsonl"))
+    log.append({"id": "a", **OWN})
+    (tmp_path / "other").write_bytes(log.path.read_bytes())
+    (tmp_path / "other").replace(log.path)
+    for change in (lambda: log.append({"id": "b", **OWN}), lambda: log.remove("a")):
+        with pytest.raises(OSError, match="moved or replaced by another program"):
+            change()
+    log.path.unlink()
+    with pytest.raises(OSError, match="moved or replaced"):
+        log.append({"id": "b", **OWN})
+    assert list(log.rows) == ["a"]
+
+
 def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch, opened):
     log = opened(Log(tmp_path / "log.jsonl"))
-    log.append({"id": "a"})
+    log.append({"id": "a", **OWN})
 
     def full(_):
         raise OSError(28, "No space left on device")
@@ -89,9 +124,9 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch, opened):
         patched.setattr("labeling.log.os.fsync", full)
         patched.setattr(Log, "_cut", lambda self, end: self._file.truncate(end))
         with pytest.raises(OSError, match="No space"):
-            log.append({"id": "b"})
-    assert list(log.rows) == ["a"] and read(log.path) == [{"id": "a"}]
-    log.append({"id": "b"})
+            log.append({"id": "b", **OWN})
+    assert list(log.rows) == ["a"] and read(log.path) == [{"id": "a", **OWN}]
+    log.append({"id": "b", **OWN})
     assert [row["id"] for row in read(log.path)] == ["a", "b"]
 
 
@@ -150,9 +185,12 @@ def test_a_share_of_tasks_has_two_labelers_and_their_agreement(tmp_path, labels_
 
 def test_agreement_by_hand():
     """Ann: a > b > c. Bob: b = a > c. They agree on a > c and b > c, and one ties a and b."""
-    rows = [{"task": "t", "ranks": [1, 2, 3]}, {"task": "t", "ranks": [1, 1, 2]}, {"task": "u", "ranks": [1, 2, 3]}]
+    given = [("t", [1, 2, 3]), ("t", [1, 1, 2]), ("u", [1, 2, 3])]
+    rows = [{"task": task, "version": "v", "ranks": ranks} for task, ranks in given]
     assert agreement(rows) == {"pairs": 2, "share": 1.0}
-    assert agreement([*rows, {"task": "u", "ranks": [3, 2, 1]}]) == {"pairs": 5, "share": 0.4}
+    assert agreement([*rows, {"task": "u", "version": "v", "ranks": [3, 2, 1]}]) == {"pairs": 5, "share": 0.4}
+    # Of other texts it is another task
+    assert agreement([*rows, {"task": "u", "version": "w", "ranks": [2, 1]}]) == {"pairs": 2, "share": 1.0}
 
 
 def test_answers_are_kept_in_the_order_of_the_task(tmp_path, labels_of):
@@ -189,10 +227,13 @@ def test_skips_demonstrations_and_undo(tmp_path, labels_of):
     assert (row["prompt"], row["completion"], row["labeler_id"]) == (second.prompt, "A good answer", "ann")
     assert labels.next("ann") is None
     last = labels.progress("ann")["last"]
-    assert labels.undo(last, "bob") is None  # nobody else's
-    assert labels.undo(last, "ann")["kind"] == "ranking" and labels.undo(last, "ann") is None
+    labels.undo(last, "bob")  # nobody else's
+    assert labels.answer(last, "bob") is None and labels.answer(last, "ann")["kind"] == "ranking"
+    for _ in range(2):  # asked again, since the answer to the first did not arrive
+        labels.undo(last, "ann")
+    assert labels.answer(last, "ann") is None
     assert labels.next("ann").id == second.id and read(tmp_path / "rankings.jsonl") == []
-    assert labels.undo("skip-one", "ann")["reason"] == "unclear"
+    assert labels.answer("skip-one", "ann")["reason"] == "unclear"
 
 
 def test_prompts_alone_ask_for_demonstrations(tmp_path, labels_of):
@@ -231,17 +272,59 @@ def test_tasks_that_change_while_people_work(tmp_path, labels_of):
     body = ranking(label.shown(task, "ann"), "ann", "submission")
     changed = {**TASKS[0], "completions": ["new", "texts"], "models": ["x", "y"]}
     write(tmp_path / "tasks.jsonl", [changed, *TASKS[2:]])
-    assert labels.next("bob").id == "t2" and labels.task("t0").completions == ("new", "texts")
+    assert labels.next("bob").completions == ("new", "texts")  # another task than hers
     labels.save("ranking", body["id"], "ann", task.id, task.version, body)  # of what she was shown
     assert read(tmp_path / "rankings.jsonl")[0]["completions"] == TASKS[0]["completions"]
+    assert labels.shown("t0", task.version, "ann").completions == tuple(TASKS[0]["completions"])  # for an undo
     (tmp_path / "tasks.jsonl").write_text("{")
     assert labels.next("bob") is not None
     assert "has changed and cannot be read" in labels.progress("bob")["problem"]
     write(tmp_path / "tasks.jsonl", TASKS)
     labels.next("bob")
     assert labels.progress("bob")["problem"] is None
-    with pytest.raises(Refused, match="no longer in the file"):
+    with pytest.raises(Refused, match="not shown this task"):
         labels.save("ranking", "another-one", "bob", "t1", "no such version", body)
+
+
+def test_a_restart_remembers_who_was_shown_what(tmp_path, labels_of):
+    """Nobody gets another's task, and it can be answered though its texts have changed since."""
+    labels = labels_of(TASKS[:2])
+    first = labels.next("ann")
+    body = ranking(label.shown(first, "ann"), "ann", "submission")
+    labels.close()
+    again = labels_of([{**TASKS[0], "completions": ["new", "texts"], "models": ["x", "y"]}, TASKS[1]])
+    again.save("ranking", body["id"], "ann", first.id, first.version, body)
+    assert read(tmp_path / "rankings.jsonl")[0]["completions"] == TASKS[0]["completions"]
+    second = again.next("ann")
+    assert second.completions == ("new", "texts")
+    again.close()
+    third = labels_of([{**TASKS[0], "completions": ["new", "texts"], "models": ["x", "y"]}, TASKS[1]])
+    assert third.next("bob").id == "t1" and third.next("ann") == second
+
+
+def test_as_many_labelers_as_a_task_wants(labels_of):
+    labels = labels_of(TASKS[:1], overlap=1.0)
+    assert [labels.next(name) is not None for name in ("ann", "bob", "eve", "dan", "ann")] == [
+        *(True, True, False, False),
+        True,
+    ]
+
+
+def test_half_a_character_is_refused(labels_of):
+    labels = labels_of(TASKS[:1])
+    task = labels.next("ann")
+    with pytest.raises(Refused, match="half a surrogate pair"):
+        labels.save("skip", "skip-one", "ann", task.id, task.version, {"reason": "\ud800"})
+    assert labels.logs["skip"].rows == {}
+
+
+def test_tasks_from_a_table(tmp_path):
+    (tmp_path / "tasks.csv").write_text('prompt,completions\np,"[""a"", ""b""]"\n')
+    (task,) = read_tasks(tmp_path / "tasks.csv").values()
+    assert task.completions == ("a", "b")
+    (tmp_path / "tasks.csv").write_text("prompt,completions\np,a and b\n")
+    with pytest.raises(InputError, match="row 1, column 'completions': not valid JSON"):
+        read_tasks(tmp_path / "tasks.csv")
 
 
 # The server
@@ -281,6 +364,8 @@ def test_nonsense_is_refused_and_nothing_is_written(server):
         {"labeler": " "},
         {"id": "x"},
         {"seconds": -1},
+        {"seconds": float("inf")},
+        {"labeler": "\ud800"},
     ):
         status, answer = server.ask("/api/ranking", {**good, **change})
         assert status in (409, 422) and answer["detail"], change
@@ -410,6 +495,7 @@ def test_20_kills_lose_nothing_and_double_nothing(tmp_path):
     one.kill()
     found = read(tmp_path / "rankings.jsonl")
     assert sorted(row["id"] for row in found) == sorted(confirmed) and len(confirmed) == 400
+    assert len({row["task"] for row in found}) == 400  # nobody has done what another was at
     assert len(load_rows(str(tmp_path / "rankings.jsonl"), "ranking")) == 400
 
 
@@ -423,6 +509,7 @@ def read_whole(path) -> list[dict]:
     [
         (["--output", "x.csv"], "a name that ends with .jsonl"),
         (["--overlap", "2"], "--overlap 2.0"),
+        (["--port", "99999"], "invalid choice"),
         (["--tasks", "nowhere.jsonl"], "no such file"),
     ],
 )

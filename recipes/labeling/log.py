@@ -10,6 +10,8 @@ from typing import Any
 from instructgpt_trl.data import InputError
 
 Row = dict[str, Any]
+NEEDED = ("id", "task", "labeler_id")  # columns with a text in every row
+BEGIN = b'{"id": '  # of every row as it is written here
 
 
 class Log:
@@ -22,8 +24,7 @@ class Log:
         path (`Path`): The file; is made if it is not there.
 
     Raises:
-        [`InputError`]: a whole line of the file is no row with an `id`, or two have the same, or another process has
-        the file open.
+        [`InputError`]: a line of the file is none of ours, or two have one id, or another process has the file open.
     """
 
     def __init__(self, path: Path):
@@ -48,42 +49,59 @@ class Log:
         self._file = self.path.open("ab+")
         self._file.seek(0)
         data = self._file.read()
-        end = data.rfind(b"\n") + 1
-        for number, line in enumerate(data[:end].split(b"\n")[:-1], start=1):
+        *lines, tail = data.split(b"\n")
+        for number, line in enumerate(lines, start=1):
             if line.strip():
                 self._keep(line, number)
-        if end < len(data):
-            self._cut(end)
+        if tail:
+            self._end(tail, len(data) - len(tail), len(lines) + 1)
         if new:
             _sync_folder(self.path.parent)
+
+    def _end(self, tail: bytes, start: int, number: int) -> None:
+        """What is behind the last newline: a whole row gets one, half a one of ours goes, and others are refused."""
+        try:
+            json.loads(tail)
+        except ValueError:
+            if not (tail.startswith(BEGIN) or BEGIN.startswith(tail)):
+                raise InputError(f"{self.path}, row {number}: not a row of this page; choose another file") from None
+            self._cut(start)
+            return
+        self._keep(tail, number)
+        self._file.write(b"\n")
+        self._flush()
 
     def _keep(self, line: bytes, number: int) -> None:
         where = f"{self.path}, row {number}"
         try:
             row = json.loads(line)
-            name = row["id"]
-        except (ValueError, KeyError, TypeError):
+            good = all(isinstance(row[name], str) for name in NEEDED)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            good = False
+        if not good:
             raise InputError(
-                f"{where}: not a row of this page, which has an 'id'; choose another file, or correct it"
-            ) from None
-        if name in self.rows:
-            raise InputError(f"{where}: the id {name!r} is there twice; take one of them out")
-        self.rows[name] = row
+                f"{where}: not a row of this page, which has texts {', '.join(NEEDED)}; choose another file, or "
+                f"correct it"
+            )
+        if row["id"] in self.rows:
+            raise InputError(f"{where}: the id {row['id']!r} is there twice; take one of them out")
+        self.rows[row["id"]] = row
 
     def append(self, row: Row) -> None:
         """
         Add a row, unless its id is there.
 
         Raises:
-            `OSError`: it could not be written, as on a full disk; the file is as it was.
+            `OSError`: it could not be written, as on a full disk, or another program has put another file in the place
+                of this one; the file is as it was.
         """
         if row["id"] in self.rows:
             return
+        self._check_place()
         end = os.fstat(self._file.fileno()).st_size
         try:
             self._file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._flush()
         except OSError:
             self._reopen()
             self._cut(end)
@@ -91,11 +109,17 @@ class Log:
         self.rows[row["id"]] = row
 
     def remove(self, name: str) -> None:
-        """Take a row out: the file is written anew beside itself and takes its own name."""
-        kept = [row for row in self.rows.values() if row["id"] != name]
+        """
+        Take a row out: the file is written anew beside itself and takes its own name.
+
+        Raises:
+            `OSError`: as in `append`.
+        """
+        self._check_place()
+        kept = {key: row for key, row in self.rows.items() if key != name}
         with tempfile.NamedTemporaryFile(dir=self.path.parent, prefix=".unfinished-", delete=False) as file:
             try:
-                file.writelines((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in kept)
+                file.writelines((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in kept.values())
                 file.flush()
                 os.fsync(file.fileno())
                 os.chmod(file.name, self.path.stat().st_mode)
@@ -103,14 +127,27 @@ class Log:
             except BaseException:
                 os.unlink(file.name)
                 raise
-        _sync_folder(self.path.parent)
-        del self.rows[name]
+        self.rows = kept
         self._reopen()
+        _sync_folder(self.path.parent)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
         self._lock.close()
+
+    def _check_place(self) -> None:
+        """An editor that saves, or `mv`, leaves this process with a file that has no name any more."""
+        try:
+            there = os.stat(self.path).st_ino
+        except FileNotFoundError:
+            there = None
+        if there != os.fstat(self._file.fileno()).st_ino:
+            raise OSError(f"{self.path} was moved or replaced by another program; start the server again")
+
+    def _flush(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def _reopen(self) -> None:
         try:

@@ -27,7 +27,8 @@ async function ask(path, body) {
   if (response.ok) return answer;
   const detail = typeof answer.detail === "string" ? answer.detail : JSON.stringify(answer.detail || response.statusText);
   const error = new Error(detail);
-  error.again = response.status >= 500; // the server may be able to later: a full disk, say
+  error.again = [502, 503, 504, 507].includes(response.status); // it may be able to later: a full disk, say
+  error.keep = [401, 403, 500].includes(response.status); // not the answer's fault: a new token, a mistake of the server's
   throw error;
 }
 
@@ -51,25 +52,26 @@ async function send(kind, answer) {
 
 async function flush() { // what was not confirmed, from before a crash and from other windows too
   const names = Object.keys(localStorage).filter((name) => name.startsWith(`${key("pending")}:`));
-  if (!names.length) return true;
+  if (!names.length) return "saved";
   setSending(true);
   say("saving ...");
-  let kept = true;
+  let became = "saved"; // of the last that was not
   for (const name of names) {
     const pending = JSON.parse(localStorage.getItem(name) || "null");
     if (!pending) continue;
     try {
       await untilAnswered(`/api/${pending.kind}`, pending.body);
       if (pending.kind !== "demonstration") localStorage.removeItem(key(`draft:${pending.body.task}:${pending.body.version}`));
-      if (kept) say("saved");
-    } catch (error) { // refused: it will never be taken
-      kept = false;
-      say(error.message, true);
+      if (became === "saved") say("saved");
+    } catch (error) { // refused, and never to be taken; or kept here for the next time the page is loaded
+      became = error.keep ? "kept" : "refused";
+      say(error.keep ? `not saved, but kept in this browser: ${error.message}` : error.message, true);
+      if (error.keep) continue;
     }
     localStorage.removeItem(name);
   }
   setSending(false);
-  return kept;
+  return became;
 }
 
 function setSending(on) {
@@ -98,19 +100,23 @@ function showProgress(progress) {
 
 async function undo() {
   if (!last || sending) return;
-  const answer = await untilAnswered("/api/undo", { id: last, labeler });
-  showProgress(answer.progress);
-  say(answer.answer ? "taken back" : "nothing to take back");
-  if (!answer.task || !answer.answer) return next(true);
-  const again = answer.answer;
-  task = answer.task;
-  if (again.kind === "ranking") {
-    const levels = [...new Set(again.ranks)].sort((a, b) => a - b);
-    const groups = levels.map((level) => again.ranks.flatMap((rank, k) => (rank === level ? [k] : [])));
-    localStorage.setItem(draftKey(), JSON.stringify({ ...fresh(), step: "rank", ratings: again.ratings, metadata: again.metadata, groups }));
+  const id = last;
+  const found = await untilAnswered(`/api/answer?id=${encodeURIComponent(id)}&labeler=${encodeURIComponent(labeler)}`);
+  if (found.answer && found.task) { // kept here before it is taken out there
+    task = found.task;
+    if (found.answer.kind === "ranking") {
+      const { ranks, ratings, metadata } = found.answer;
+      const levels = [...new Set(ranks)].sort((a, b) => a - b);
+      const groups = levels.map((level) => ranks.flatMap((rank, k) => (rank === level ? [k] : [])));
+      localStorage.setItem(draftKey(), JSON.stringify({ ...fresh(), step: "rank", ratings, metadata, groups }));
+    }
+    if (found.answer.kind === "demonstration") localStorage.setItem(`${draftKey()}:text`, found.answer.text);
   }
-  open(answer.task);
-  if (again.kind === "demonstration") { $("demonstration").value = again.text; $("write-dialog").showModal(); }
+  showProgress((await untilAnswered("/api/undo", { id, labeler })).progress);
+  say(found.answer ? "taken back" : "nothing to take back");
+  if (!found.answer || !found.task) return next(true);
+  open(found.task);
+  if (found.answer.kind === "demonstration") $("write").click();
 }
 
 // A task on the page
@@ -126,7 +132,8 @@ function open(given) {
   $("done").hidden = !!task;
   $("work").hidden = !task;
   if (!task) return;
-  work = JSON.parse(localStorage.getItem(draftKey()) || "null") || fresh();
+  work = JSON.parse(localStorage.getItem(draftKey()) || "null");
+  if (!work || work.ratings.length !== task.outputs.length) work = fresh();
   fill($("prompt"), task.prompt);
   draw();
 }
@@ -318,9 +325,11 @@ async function save() {
   if (sending || work.step !== "rank") return;
   const ranks = task.outputs.map((_, k) => levelOf(k) + 1);
   const seconds = Math.max(0, (Date.now() - work.started) / 1000);
-  await send("ranking", { ranks, ratings: work.ratings, metadata: work.metadata, seconds });
-  await next(true);
+  if ((await send("ranking", { ranks, ratings: work.ratings, metadata: work.metadata, seconds })) !== "kept") await next(true);
 }
+
+// What else goes wrong is said too
+window.addEventListener("unhandledrejection", (event) => say(event.reason.message, true));
 
 // Keys and buttons
 
@@ -375,22 +384,22 @@ for (const button of document.querySelectorAll("dialog .close")) button.onclick 
 $("skip-form").onsubmit = async (event) => {
   const reason = [$("reason").value, $("reason-text").value.trim()].filter(Boolean).join(": ");
   if (!reason) { event.preventDefault(); $("reason-text").focus(); return; }
-  await send("skip", { reason });
-  await next(true);
+  if ((await send("skip", { reason: reason.toWellFormed() })) !== "kept") await next(true);
 };
 
 $("write-form").onsubmit = async (event) => {
   const text = $("demonstration").value;
   if (!text.trim()) { event.preventDefault(); return; }
   const draft = draftKey() + ":text";
-  if (await send("demonstration", { text })) localStorage.removeItem(draft);
+  if ((await send("demonstration", { text: text.toWellFormed() })) !== "saved") return;
+  localStorage.removeItem(draft);
   if (task.outputs.length) showProgress((await untilAnswered(`/api/next?labeler=${encodeURIComponent(labeler)}`)).progress);
   else await next(true);
 };
 
 $("hello-form").onsubmit = (event) => {
   event.preventDefault();
-  labeler = $("name").value.trim();
+  labeler = $("name").value.trim().toWellFormed();
   if (!labeler) return;
   localStorage.setItem("labeler", labeler);
   start();

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from instructgpt_trl.data import InputError, check_row, read_rows
+from instructgpt_trl.data import InputError, check_row, parse_json, read_rows
 
 MOST = 9  # completions, which have a key each [InstructGPT 3.4: K = 4 to 9]
 
@@ -51,6 +51,8 @@ def task_of(row: Any, where: str) -> Task:
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object with columns prompt, completions, got {type(row).__name__}")
     completions = row.get("completions") or []
+    if isinstance(completions, str):  # a cell of a CSV file
+        completions = parse_json(completions, f"{where}, column 'completions'")
     if not completions:
         check_row(row, "prompt", where)
     else:
@@ -102,7 +104,6 @@ class TaskFile:
         self.path, self.problem = path, None
         self._state = self._look()
         self.tasks = read_tasks(path)
-        self.shown: dict[tuple[str, str], Task] = {(task.id, task.version): task for task in self}
 
     def __iter__(self) -> Iterator[Task]:
         return iter(self.tasks.values())
@@ -117,8 +118,6 @@ class TaskFile:
             self.problem = None
         except (InputError, OSError) as error:
             self.problem = f"the file of tasks has changed and cannot be read; those from before go on. {error}"
-        # What was shown can still be ranked, whatever became of the file
-        self.shown |= {(task.id, task.version): task for task in self}
 
     def _look(self) -> tuple[int, ...] | None:
         try:
