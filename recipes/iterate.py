@@ -172,16 +172,16 @@ def unlabeled(tasks: list[Row], rankings: Path) -> int:
 
 
 def train(name: str, config: Path, flags: list[str], output: Path) -> None:
-    """A training recipe into `output`, which is there when it is finished."""
-    if output.is_dir():
+    """A training recipe into `output`, with a mark beside it when it is finished."""
+    done = output.with_name(f".{output.name}.finished")
+    if done.is_file():
         return
-    unfinished = output.with_name(f"{output.name}.unfinished")
-    if last_checkpoint(unfinished):
+    if last_checkpoint(output):
         flags = [*flags, "--resume_from_checkpoint", "true"]
-    elif unfinished.is_dir():
-        shutil.rmtree(unfinished)  # ours, and of no use
-    recipe(name, config, [*flags, "--output_dir", str(unfinished)])
-    unfinished.rename(output)
+    elif output.is_dir():
+        shutil.rmtree(output)  # ours, and of no use
+    recipe(name, config, [*flags, "--output_dir", str(output)])
+    done.touch()
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -194,11 +194,12 @@ def test_two_rounds_and_going_on(loop, base_dir, tmp_path):
     made.run()
     assert ran == STAGES * 2  # all is there
     # A stage that was stopped is done again; at half a checkpoint nothing goes on
-    (second / "policy").rename(second / "policy.unfinished")
-    (second / "policy.unfinished" / "checkpoint-1").mkdir()
-    (second / "policy.unfinished" / "checkpoint-1" / "model.safetensors").write_bytes(b"half")
+    (second / ".policy.finished").unlink()
+    (second / "policy" / "checkpoint-1").mkdir()
+    (second / "policy" / "checkpoint-1" / "model.safetensors").write_bytes(b"half")
     made.run()
-    assert ran == [*STAGES * 2, "ppo_ptx.py"] and not (second / "policy.unfinished").exists()
+    assert ran == [*STAGES * 2, "ppo_ptx.py"] and not (second / "policy" / "checkpoint-1").exists()
+    AutoModelForCausalLM.from_pretrained(second / "policy")
 
 
 def test_other_settings_are_refused(loop, tmp_path):
