@@ -4,10 +4,10 @@ Several completions a prompt from one or several policies, as tasks for recipes/
     python recipes/collect.py --policies runs/sft runs/ppo_ptx --dataset prompts.jsonl --output tasks.jsonl
 
 The completions of a prompt are drawn in equal parts from the policies (the paper mixes SFT and PPO policies); where
-two say the same, further ones are drawn, and what is still the same is left out. A task has `id`, `prompt`, `completions`,
-`models` (the policy of each, which label.py does not show) and the other columns of the prompt, its own `id` as
-`prompt_id`. Stopped, it goes on where it was. Flags of `trl.ModelConfig` (`--load_in_4bit`, `--dtype`) and `--config`
-count as in sft.py.
+two say the same, further ones are drawn, and what is still the same is left out. A task has `id`, `prompt`,
+`completions`, `models` (the policy of each, which label.py does not show) and the other columns of the prompt, its
+own `id` as `prompt_id`. Stopped, it goes on where it was. Flags of `trl.ModelConfig` (`--load_in_4bit`, `--dtype`)
+and `--config` count as in sft.py.
 """
 
 import hashlib
