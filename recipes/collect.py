@@ -107,15 +107,17 @@ class Sampler:
         return self.tokenizer.decode(ids[:end], skip_special_tokens=True)
 
     def distinct(self, prompts: list[Any], known: list[list[str]], each: int, seed: int) -> list[list[str]]:
-        """Of every prompt `each` completions that differ from each other and from those `known`; fewer where it keeps
-        repeating itself."""
+        """
+        Of every prompt `each` completions that say something, and other things than each other and those `known`; fewer
+        where the policy keeps repeating itself.
+        """
         found: list[list[str]] = [[] for _ in prompts]
         for attempt in range(TRIES):
             short = [k for k, texts in enumerate(found) if len(texts) < each]
             if not short:
                 break
             for k, drawn in zip(short, self.draw([prompts[k] for k in short], each, seed + attempt), strict=True):
-                seen = {text.strip() for text in known[k] + found[k]}
+                seen = {text.strip() for text in known[k] + found[k]} | {""}  # which nobody could rank
                 new = list({text.strip(): text for text in drawn if text.strip() not in seen}.values())
                 found[k] += new[: each - len(found[k])]
         return found

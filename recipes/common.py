@@ -204,7 +204,7 @@ def read(args: DataArguments, source: str | None, kind: str) -> Dataset | None:
     """The rows of `source`, as conversations if asked for; none without a source."""
     if source is None:
         return None
-    rows = load_rows(source, kind, allow_empty=kind == "ranking")
+    rows = load_rows(source, kind)
     return as_conversations(rows) if args.conversational and kind != "pretraining" else rows
 
 

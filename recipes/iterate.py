@@ -31,6 +31,7 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 
 from instructgpt_trl.data import InputError, check_output_dir, check_row, load_rows, read_rows, write_rows
+from instructgpt_trl.data.ranking_formats import without_empty
 
 Row = dict[str, Any]
 RECIPES = Path(__file__).parent
@@ -149,6 +150,7 @@ class Loop:
             # Of a round in which every task was skipped there is nothing
             files = [file for file in files if file.is_file() and file.read_bytes().strip()]
             rows = [row for file in files for row in load_rows(str(file), "ranking", allow_empty=True)]
+            rows = [kept for row in rows if (kept := without_empty(row))]  # reward.py refuses completions of no text
             if not rows:
                 raise InputError(f"{self.folder(number)}: no rankings so far; label some of its tasks")
             kept = ("prompt", "completions", "ranks", "labeler_id")

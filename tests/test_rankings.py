@@ -80,27 +80,12 @@ def test_pitfall_16_conversations_are_encoded_by_the_template(tokenizer):
     assert prepared[0]["completions_ids"] == [[*ids("yes"), EOS], [*ids("no"), EOS]]
 
 
-def test_a_completion_of_no_text_is_its_end_alone(tokenizer):
-    """A policy may have said nothing, and labelers rank that too."""
-    rows = [
-        {"prompt": "p", "completions": ["a", ""], "ranks": [1, 2]},
-        {
-            "prompt": [{"role": "user", "content": "p"}],
-            "completions": [[{"role": "assistant", "content": text}] for text in ("a", "")],
-            "ranks": [1, 2],
-        },
-    ]
-    for row in rows:
-        prepared = prepare_rankings(check_rankings(Dataset.from_list([row])), tokenizer, None)
-        assert prepared[0]["completions_ids"] == [[*ids("a"), EOS], [EOS]]
-
-
 @pytest.mark.parametrize(
     "row, message",
     [
         ({"prompt": "p", "completions": ["a"], "ranks": [1]}, "rows, row 1, column 'completions'"),
         ({"prompt": "p", "completions": ["a", "b"], "ranks": [1]}, "rows, row 1, column 'ranks'"),
-        ({"prompt": "p", "completions": ["a", "b"], "ranks": [1, 0]}, "rows, row 1, rank 1"),
+        ({"prompt": "p", "completions": ["a", " "], "ranks": [1, 2]}, "rows, row 1, completion 1"),
         ({"prompt": "p", "completions": ["a", "b"]}, "rows, row 1: column 'ranks' is missing"),
     ],
 )

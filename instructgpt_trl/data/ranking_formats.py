@@ -18,7 +18,7 @@ from typing import Any
 from .files import InputError
 from .rows import check_row
 
-__all__ = ["FORMATS", "RankingFormat", "hh_conversation", "pairs_of", "ranks_of", "read_ranking"]
+__all__ = ["FORMATS", "RankingFormat", "hh_conversation", "pairs_of", "ranks_of", "read_ranking", "without_empty"]
 
 Row = dict[str, Any]
 
@@ -66,6 +66,19 @@ def _only(row: Row, *names: str) -> Row:
 
 def _without(row: Row, *names: str) -> Row:
     return {name: value for name, value in row.items() if name not in names}
+
+
+def without_empty(ranking: Row) -> Row | None:
+    """A ranking without its completions of no text; none if fewer than two are left."""
+    last = [text if isinstance(text, str) else text[-1]["content"] for text in ranking["completions"]]
+    kept = [k for k, text in enumerate(last) if text.strip()]
+    if len(kept) == len(last):
+        return ranking
+    if len(kept) < 2:
+        return None
+    each = ("completions", "ranks", "models", "scores", "ratings", "metadata")
+    parts = {name: [ranking[name][k] for k in kept] for name in each if ranking.get(name) is not None}
+    return {**ranking, **parts}
 
 
 def pairs_of(ranking: Row) -> list[tuple[int, int]]:

@@ -116,8 +116,7 @@ def is_encoded(dataset: Dataset | IterableDataset) -> bool:
 
 def check_rankings(dataset: Dataset | IterableDataset, source: str = "dataset") -> Dataset | IterableDataset:
     """
-    [`check_rows`] for rankings, of which a completion may be empty: a policy may have said nothing, and labelers rank
-    that too. Rows that are encoded already pass.
+    [`check_rows`] for rankings. Rows that are encoded already pass.
 
     Raises:
         [`InputError`]: the first wrong row; or a column `margin`, which TRL's trainer knows and a ranking has no place
@@ -127,7 +126,7 @@ def check_rankings(dataset: Dataset | IterableDataset, source: str = "dataset") 
         raise InputError(
             f"{source}: the column 'margin' is not supported, since a ranking has more than one pair; remove it"
         )
-    return dataset if is_encoded(dataset) else check_rows(dataset, "ranking", source, allow_empty=True)
+    return dataset if is_encoded(dataset) else check_rows(dataset, "ranking", source)
 
 
 def prepare_rankings(

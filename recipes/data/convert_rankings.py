@@ -2,7 +2,7 @@ r"""
 Rankings from public formats into rows for recipes/reward.py and back, checked, and merged where several labelers
 ranked.
 
-    python recipes/data/convert_rankings.py --from hh --input pairs.jsonl --output rankings.jsonl
+    python recipes/data/convert_rankings.py --from hh --drop_empty --input pairs.jsonl --output rankings.jsonl
     python recipes/data/convert_rankings.py --to hh --input rankings.jsonl --output pairs.jsonl
     python recipes/data/convert_rankings.py --from argilla --merge --input records.json --output rankings.jsonl
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from instructgpt_trl.data import InputError, check_output_dir, read_rows, write_rows
 from instructgpt_trl.data.merging import merge_labelers
-from instructgpt_trl.data.ranking_formats import FORMATS, hh_conversation, read_ranking
+from instructgpt_trl.data.ranking_formats import FORMATS, hh_conversation, read_ranking, without_empty
 
 Row = dict[str, Any]
 
@@ -56,8 +56,9 @@ def convert(args: argparse.Namespace) -> dict[str, int]:
         except InputError as error:
             bad.append(str(error))
     counts = {"rows": len(rows) + unread, "bad rows": len(bad), "rankings": len(rankings)}
+    counts["with a completion of no text"] = sum(without_empty(ranking) != ranking for ranking, _ in rankings)
     if args.drop_empty:
-        rankings = [(ranking, where) for ranking, where in map(_without_empty, rankings) if ranking]
+        rankings = [(kept, where) for ranking, where in rankings if (kept := without_empty(ranking))]
         counts["rankings of two texts or more"] = len(rankings)
     if args.merge:
         rankings = [(ranking, str(args.input)) for ranking in merge_labelers(ranking for ranking, _ in rankings)]
@@ -87,21 +88,6 @@ def _tell(bad: list[str], args: argparse.Namespace) -> None:
         )
 
 
-def _without_empty(ranked: tuple[Row, str]) -> tuple[Row | None, str]:
-    """A ranking without its completions of no text; none if fewer than two are left."""
-    ranking, where = ranked
-    last = [text if isinstance(text, str) else text[-1]["content"] for text in ranking["completions"]]
-    kept = [k for k, text in enumerate(last) if text.strip()]
-    if len(kept) < 2:
-        return None, where
-    each = {
-        name: [ranking[name][k] for k in kept]
-        for name in ("completions", "ranks", "models", "scores")
-        if name in ranking
-    }
-    return {**ranking, **each}, where
-
-
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     try:
@@ -117,6 +103,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(*(f"{name}: {count:,}" for name, count in counts.items()), sep="\n")
+    if counts["with a completion of no text"] and not args.drop_empty:
+        print("recipes/reward.py refuses completions of no text; --drop_empty leaves them out")
     print(f"written: {args.output}")
 
 
