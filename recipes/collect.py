@@ -108,8 +108,8 @@ class Sampler:
 
     def distinct(self, prompts: list[Any], known: list[list[str]], each: int, seed: int) -> list[list[str]]:
         """
-        Of every prompt `each` completions that say something, and other things than each other and those `known`; fewer
-        where the policy keeps repeating itself.
+        Of every prompt `each` completions that say something, and other things than each other and those `known`;
+        fewer where the policy keeps repeating itself.
         """
         found: list[list[str]] = [[] for _ in prompts]
         for attempt in range(TRIES):

@@ -55,11 +55,13 @@ def sizes(config: RewardConfig, model: ModelConfig, rankings: Dataset) -> dict[s
     pairs = ((row["prompt"], text) for row in rankings for text in row["completions"])
     completion = max(len(encode_completion(tokenizer, *pair)) for pair in longest(pairs, lambda pair: str(pair[1])))
     most = max(map(len, rankings["ranks"]))
+    limit = config.max_length or math.inf  # what is longer is left out; of what fits, long completions take most
+    completion = min(completion, limit - 1)
     return {
         "rows": config.per_device_train_batch_size * most,
         "shared": 1 if config.prefix_sharing == "off" else most,
-        "prompt": prompt,
-        "completion": min(completion, (config.max_length or math.inf) - prompt),
+        "prompt": min(prompt, limit - completion),
+        "completion": completion,
     }
 
 

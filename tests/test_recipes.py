@@ -132,6 +132,18 @@ def test_the_reward_recipe_predicts_the_largest_step_of_its_rows(
     assert (load.stage, load.rows, load.shared, load.prompt, load.completion) == ("reward", 6, shared, 3, 4)
 
 
+def test_the_reward_recipe_predicts_what_fits_of_longer_rows(base_dir, tmp_path):
+    """A prompt over the limit is left out; in what fits, long completions take most."""
+    config = RewardConfig("out", max_length=10, use_cpu=True)
+    of = {"ranks": [1, 2], "completions": ["a" * 30, "b" * 4]}
+    for text, expected in (("p" * 40, (1, 9)), ("pp", (1, 9))):
+        found = REWARD.sizes(config, ModelConfig(base_dir), Dataset.from_list([{"prompt": text, **of}]))
+        assert (found["prompt"], found["completion"]) == expected
+    short = Dataset.from_list([{"prompt": "p" * 40, "ranks": [1, 2], "completions": ["a", "bb"]}])
+    found = REWARD.sizes(config, ModelConfig(base_dir), short)
+    assert (found["prompt"], found["completion"]) == (7, 3)  # two letters and the end
+
+
 def test_an_adapter_that_goes_on_is_predicted_as_trained(base_dir, tmp_path):
     """PEFT saves adapters as frozen."""
     get_peft_model(AutoModelForCausalLM.from_pretrained(base_dir), LoraConfig()).save_pretrained(tmp_path)
