@@ -1,14 +1,18 @@
-# make demo: the paper in miniature, offline, on two CPU cores. make test: the whole test suite.
+# make demo: the paper in miniature, offline, on two CPU cores. make test: the test suite; make test-all: with
+# five tests of benchmarks and comparisons of half a minute and more.
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(VENV)/bin/python recipes/demo/run.py
 
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # each on one core
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder  # each on one core
+
+test-all: $(STAMP)
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

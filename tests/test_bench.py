@@ -19,6 +19,7 @@ def run(script: str, out: Path, *flags: str) -> tuple[dict | list, str]:
     return json.loads(out.read_text(encoding="utf-8")), done.stdout
 
 
+@pytest.mark.slow
 def test_memory_of_our_side_alone(tmp_path):
     sizes = "--vocab 512 --layers 2 --batch 2 --prompt 8 --completion 8 --updates 1 --dtype float32".split()
     figures, shown = run("memory.py", tmp_path / "out.json", "--ours_only", *sizes)
@@ -27,6 +28,7 @@ def test_memory_of_our_side_alone(tmp_path):
     assert "ours:" in shown and "1 updates" in shown
 
 
+@pytest.mark.slow
 def test_planner_table(tmp_path):
     rows, shown = run(
         "planner.py", tmp_path / "out.json", "--quick", *"--batch 64 --prompt 64 --completion 64".split()
@@ -49,6 +51,7 @@ def test_four_roles_are_stored_once(tmp_path):
     assert figures["optimizer_mb"] == pytest.approx(figures["adapters_and_heads_mb"], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_a_recipe_with_the_settings_of_a_card(tmp_path):
     (row,), shown = run("cards.py", tmp_path / "out.json", "tiny", "--stages", "sft")
     assert (row["card"], row["stage"], row["error"], row["used_gb"]) == ("tiny", "sft", "", None)  # no GPU
@@ -77,6 +80,7 @@ def test_ppo_updates_with_and_without_pretraining_gradients(tmp_path):
         assert f"{name:>8}  {seconds:8.2f}" in shown
 
 
+@pytest.mark.slow
 def test_growth_is_measured_and_drawn(tmp_path):
     rows, shown = run("scaling.py", tmp_path / "out.json", "--quick", "--png", str(tmp_path / "out.png"))
     assert [(row["step"], row["axis"], row["sizes"]) for row in rows] == [

@@ -187,6 +187,7 @@ def test_quick_run_writes_a_page_that_needs_no_other_file(quick):
     assert page.count('<table class="samples">') == 1
 
 
+@pytest.mark.slow
 def test_what_the_critic_buys(quick, monkeypatch, capsys):
     """The demo's policies have its figures, PPO too when it is trained anew; RLOO and DPO start from its SFT model."""
     folder = quick[0]
