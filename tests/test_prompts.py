@@ -452,18 +452,3 @@ def test_a_file_that_changes_while_it_is_read(tmp_path, capsys, monkeypatch):
         prepare_prompts.main(["--input", str(raw), "--output_dir", str(tmp_path / "out"), "--num_proc", "1"])
     assert "was changed while it was read" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_the_shared_prompts(tmp_path):
-    """Real instructions: nothing is lost without a reason."""
-    shared = Path(__file__).parents[2] / "shared/data/prompts/user_oriented.jsonl"
-    if not shared.is_file():
-        pytest.skip("no shared data beside the project")
-    rows = [json.loads(line) for line in shared.read_text("utf-8").splitlines()]
-    splits, report = prepare(tmp_path, rows)
-    assert sum(len(of) for of in splits.values()) + sum(report["dropped"].values()) == len(rows)
-    groups: dict[str, set] = defaultdict(set)
-    for split, of in splits.items():
-        for row in of:
-            groups[str(row["user_id"])].add(split)
-    assert all(len(of) == 1 for of in groups.values())

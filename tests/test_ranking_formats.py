@@ -12,7 +12,6 @@ from instructgpt_trl.data import InputError, load_rows
 from instructgpt_trl.data.merging import merge_labelers
 from instructgpt_trl.data.ranking_formats import FORMATS, hh_conversation, pairs_of, ranks_of, read_ranking
 
-SHARED = Path(__file__).parents[2] / "shared/data/comparisons"
 HH = {"chosen": "\n\nHuman: hi\n\nAssistant: hello", "rejected": "\n\nHuman: hi\n\nAssistant: go away"}
 ULTRA = {
     "source": "flan",
@@ -391,20 +390,33 @@ def test_empty_completions_and_merging_by_command(tmp_path, capsys):
     assert "no such file" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data beside the project")
-def test_the_shared_pairs_and_rankings_come_back_unchanged(tmp_path):
-    pairs, ranked_file = SHARED / "hh_harmless_pairs.jsonl", SHARED / "alpacaeval_ranked.jsonl"
-    convert("--from", "hh", "--input", str(pairs), "--output", str(tmp_path / "rankings.jsonl"))
+def test_files_come_back_unchanged(tmp_path):
+    """Dialogues that part late, early and in an empty answer; rankings with ties and odd texts."""
+    turns = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: why?\n\nAssistant:"
+    pairs = [
+        HH,
+        {"chosen": turns + " because", "rejected": turns},
+        {"chosen": turns + "  two  spaces\n", "rejected": turns + " no\n\nHuman: ?\n\nAssistant: yes"},
+        {"chosen": "\n\nHuman: hi\n\nAssistant: a\u2028b", "rejected": "\n\nHuman: hi\n\nAssistant: \U0001f600"},
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs), encoding="utf-8")
+    convert("--from", "hh", "--input", str(tmp_path / "pairs.jsonl"), "--output", str(tmp_path / "rankings.jsonl"))
     convert("--to", "hh", "--input", str(tmp_path / "rankings.jsonl"), "--output", str(tmp_path / "back.jsonl"))
-    assert read_json(tmp_path / "back.jsonl") == read_json(pairs)
+    assert read_json(tmp_path / "back.jsonl") == pairs
+    rows = [
+        {
+            "prompt": f"p{k}",
+            "completions": [f"{n}\u2028" for n in range(k)],
+            "ranks": ranks_of([n // 2 for n in range(k)]),
+        }
+        for k in range(4, 10)
+    ]
+    (tmp_path / "ranked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     for format in ("rankings", "ultrafeedback", "argilla", "label_studio"):
         there, back = tmp_path / f"{format}-there.jsonl", tmp_path / f"{format}-back.jsonl"
-        convert("--to", format, "--input", str(ranked_file), "--output", str(there))
+        convert("--to", format, "--input", str(tmp_path / "ranked.jsonl"), "--output", str(there))
         convert("--from", format, "--input", str(there), "--output", str(back))
-        names = ("prompt", "completions", "ranks")
-        assert [[row[n] for n in names] for row in read_json(back)] == [
-            [row[n] for n in names] for row in read_json(ranked_file)
-        ]
+        assert [{name: row[name] for name in rows[0]} for row in read_json(back)] == rows
 
 
 def read_json(path: Path) -> list[dict]:
