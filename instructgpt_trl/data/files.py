@@ -19,11 +19,8 @@ class InputError(ValueError):
 
 def load_arrow(source: str, split: str) -> "Dataset":
     """A Parquet file, a folder written by `save_to_disk`, or one split of a dataset on the hub."""
-    from datasets import (  # a second, which a page of JSON Lines does not need
-        DatasetDict,
-        load_dataset,
-        load_from_disk,
-    )
+    # Here, since it takes seconds, which who reads JSON Lines need not wait for
+    from datasets import DatasetDict, load_dataset, load_from_disk
 
     expected = f"a file, a folder or a hub dataset with a split '{split}'"
     try:

@@ -16,8 +16,7 @@ from .files import InputError
 __all__ = ["LEAST_SCORE", "SIGNS", "PersonalData"]
 
 # What is looked for, and a cheap question to the text without which Presidio cannot find it: a recogniser takes up to
-# a
-# millisecond a prompt, and most prompts have nothing
+# a millisecond a prompt, and most prompts have nothing
 SIGNS: dict[str, str] = {
     "EMAIL_ADDRESS": r"@",
     "PHONE_NUMBER": r"\d(?:\D{0,6}\d){6}",
@@ -26,8 +25,7 @@ SIGNS: dict[str, str] = {
     "IP_ADDRESS": r"\d\.\d{1,3}\.\d|:[0-9A-Fa-f.]*:",
     "US_SSN": r"\d{3}[- .]\d{2}[- .]\d{4}",
 }
-# Presidio's scores are of one pattern: below this it wants words around it that speak for it, such as of nine plain
-# digits
+# Presidio's scores are of one pattern: below this, as of nine plain digits, it wants words around that speak for it
 LEAST_SCORE = 0.4
 NUMBERS = {"PHONE_NUMBER", "CREDIT_CARD", "US_SSN"}
 LOCAL_PART, DOMAIN = 80, 260  # characters of an address before and behind its @: 64 and 255 are allowed
@@ -62,9 +60,8 @@ class PersonalData:
             from presidio_analyzer import Pattern, PatternRecognizer
         except ImportError:
             raise InputError("personal data: pip install -c constraints.txt -e '.[data]' for presidio") from None
-        domains = tldextract.TLDExtract(
-            suffix_list_urls=(), cache_dir=None
-        )  # the list it came with, not the network's
+        # The list it came with, not the network's
+        domains = tldextract.TLDExtract(suffix_list_urls=(), cache_dir=None)
 
         class Email(presidio.EmailRecognizer):
             def validate_result(self, pattern_text: str) -> bool:

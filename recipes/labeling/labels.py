@@ -61,7 +61,7 @@ class Labels:
             self.close()
             raise
         self._lock = threading.Lock()
-        self._held: dict[Key, dict[str, float]] = defaultdict(dict)  # who was shown it, and when he was last
+        self._held: dict[Key, dict[str, float]] = defaultdict(dict)  # who was shown it, and when
         for row in self.logs[SHOWN].rows.values():
             since = datetime.fromisoformat(row["time"]).timestamp()
             self._held[key_of(row)][row["labeler_id"]] = since
@@ -145,20 +145,22 @@ class Labels:
     def answer(self, name: str, labeler: str) -> Row | None:
         """An answer of this labeler, with its kind; none if there is none."""
         with self._lock:
-            for kind in KINDS:
-                row = self.logs[kind].rows.get(name)
-                if row is not None and row["labeler_id"] == labeler:
-                    return {"kind": kind, **row}
-            return None
+            return self._find(name, labeler)
 
     def undo(self, name: str, labeler: str) -> None:
         """Take an answer of this labeler out of its file, if it is there."""
-        row = self.answer(name, labeler)
-        if row is None:
-            return
         with self._lock:
-            self._held[key_of(row)][labeler] = time.time()
-            self.logs[row["kind"]].remove(name)
+            row = self._find(name, labeler)
+            if row is not None:
+                self._held[key_of(row)][labeler] = time.time()
+                self.logs[row["kind"]].remove(name)
+
+    def _find(self, name: str, labeler: str) -> Row | None:
+        for kind in KINDS:
+            row = self.logs[kind].rows.get(name)
+            if row is not None and row["labeler_id"] == labeler:
+                return {"kind": kind, **row}
+        return None
 
     def close(self) -> None:
         for log in self.logs.values():
