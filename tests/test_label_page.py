@@ -117,8 +117,29 @@ def test_by_keyboard_alone(browser, server):
     asked = shown(row, "metadata")
     assert [name for name, value in asked[0].items() if value] == [list(QUESTIONS)[2]]
     assert not any(value for one in asked[1:] for value in one.values())
-    assert page.inner_text("#prompt") != prompt
+    until(page, "#prompt", f"^(?!{prompt}$)")
     assert page.inner_text("#progress") == "1 of 4 labels, 1 by you"
+
+
+def test_keys_wait_for_the_next_task(browser, server):
+    """Between `saved` and the next task the last one is still on the page; a key then sends nothing again."""
+    page = opened(browser, server)
+    rate_all(page, "1234")
+    held, asked = [], []
+    page.on("request", lambda request: asked.append(request.url) if request.method == "POST" else None)
+    page.route("**/api/next*", lambda route: held.append(route))
+    page.keyboard.press("Control+Enter")
+    saved(page, server, 1)
+    page.keyboard.press("Control+Enter")
+    page.keyboard.press("a")
+    page.keyboard.press("ArrowDown")
+    assert levels(page) == [[3], [2], [1], [0]] and page.is_disabled("#save")
+    while not held:
+        page.wait_for_timeout(20)
+    held[0].continue_()
+    until(page, "#progress", "^1 of 4")
+    assert page.is_visible("#rate") and len(asked) == len(held) == 1
+    saved(page, server, 1)
 
 
 def middle(page, selector: str) -> tuple[float, float]:

@@ -80,7 +80,13 @@ function setSending(on) {
 }
 
 async function next(quiet) {
-  const answer = await untilAnswered(`/api/next?labeler=${encodeURIComponent(labeler)}`);
+  setSending(true); // until the next task is here, keys and buttons would still be the last one's
+  let answer;
+  try {
+    answer = await untilAnswered(`/api/next?labeler=${encodeURIComponent(labeler)}`);
+  } finally {
+    setSending(false);
+  }
   showProgress(answer.progress);
   open(answer.task);
   if (!quiet && $("state").textContent.startsWith("not saved")) say("");
