@@ -15,6 +15,7 @@ this machine only; `--host` with another address wants a token, which is made if
 
 import argparse
 import ipaddress
+import re
 import secrets
 import sys
 from contextlib import asynccontextmanager
@@ -90,6 +91,8 @@ def make_app(labels: Labels, token: str | None, hosts: set[str]) -> FastAPI:
     async def guard(request: Request, call_next):
         if token is None and request.url.hostname not in hosts:  # a page from elsewhere with a name for this machine
             return JSONResponse({"detail": f"unknown host {request.url.hostname}"}, status_code=403)
+        if request.url.path != "/" and request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+            return JSONResponse({"detail": "asked by a page from elsewhere"}, status_code=403)
         given = request.query_params.get("token") or request.cookies.get(COOKIE) or ""
         if token is not None and not secrets.compare_digest(given.encode(), token.encode()):
             return JSONResponse(
@@ -116,7 +119,10 @@ def make_app(labels: Labels, token: str | None, hosts: set[str]) -> FastAPI:
 
     @app.get("/api/next")
     def next_task(labeler: Name) -> dict[str, Any]:
-        task = labels.next(labeler)
+        try:
+            task = labels.next(labeler)
+        except OSError as error:  # what is shown is kept
+            raise HTTPException(507, f"no task could be given: {error.strerror or error}; asking again") from None
         return {"task": task and shown(task, labeler), "progress": labels.progress(labeler)}
 
     def save(kind: str, answer: Answer) -> dict[str, Any]:
@@ -177,6 +183,10 @@ def given(row: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def last_text(completion: Any) -> str:
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
 def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -202,13 +212,22 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"--output {args.output}: expected a name that ends with .jsonl")
         if not 0 <= args.overlap <= 1:
             raise InputError(f"--overlap {args.overlap}: expected a share from 0 to 1")
+        if args.token is not None and not re.fullmatch(r"[\w.~-]+", args.token, re.ASCII):
+            raise InputError("--token: expected letters, digits, and . _ ~ - alone, since it stands in an address")
         if args.output.resolve() == args.tasks.resolve():
             raise InputError(f"--output {args.output}: is the file of tasks; choose another")
         check_output_dir(args.output.parent)
-        labels = Labels(TaskFile(args.tasks), args.output, args.overlap)
+        tasks = TaskFile(args.tasks)
+        labels = Labels(tasks, args.output, args.overlap)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    if silent := sum(any(not last_text(one).strip() for one in task.completions) for task in tasks):
+        print(
+            f"{silent} tasks have a completion of no text, which recipes/reward.py refuses and people can rank; "
+            f"recipes/data/convert_rankings.py --drop_empty leaves it out afterwards",
+            flush=True,
+        )
     token = args.token or (None if is_loopback(args.host) else secrets.token_urlsafe(16))
     app = make_app(labels, token, {args.host, "127.0.0.1", "localhost", "::1", "[::1]"})
     host = f"[{args.host}]" if ":" in args.host else args.host

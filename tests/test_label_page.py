@@ -264,6 +264,34 @@ def test_a_server_that_dies_and_a_browser_that_does(browser, server):
     assert len(read(server.output)) == 2 == len({row["task"] for row in read(server.output)})
 
 
+def test_nothing_moves_while_an_answer_is_taken_back(browser, server):
+    """Nor is the work on one task sent as that on another."""
+    page = opened(browser, server)
+    rate_all(page, "4321")
+    page.keyboard.press("Control+Enter")
+    saved(page, server, 1)
+    until(page, "#progress", "^1 of 4")
+    rate_all(page, "1234")
+    second, before = page.inner_text("#prompt"), levels(page)
+    held = []
+    page.route("**/api/undo", lambda route: held.append(route))
+    page.click("#undo")
+    while not held:
+        page.wait_for_timeout(20)
+    page.keyboard.press("Control+Enter")
+    page.keyboard.press("a")
+    page.keyboard.press("ArrowDown")
+    drag(page, 0, '.gap[data-before="4"]')
+    assert page.inner_text("#prompt") == second and levels(page) == before and page.is_disabled("#who")
+    assert len(read(server.output)) == 1
+    held[0].continue_()
+    until(page, "#state", "^taken back$")
+    assert levels(page) == [[0], [1], [2], [3]] and read(server.output) == []
+    page.keyboard.press("Control+Enter")
+    (row,) = saved(page, server, 1)
+    assert shown(row, "ranks") == [1, 2, 3, 4] and shown(row, "ratings") == [4, 3, 2, 1]
+
+
 def test_undo_when_the_server_dies_or_the_tasks_change(browser, server, tmp_path):
     """What is taken back is in the browser before it leaves the disk, with the texts that were ranked."""
     page = opened(browser, server)

@@ -105,12 +105,22 @@ def test_a_file_that_another_program_replaces_is_noticed(tmp_path, opened):
     (tmp_path / "other").write_bytes(log.path.read_bytes())
     (tmp_path / "other").replace(log.path)
     for change in (lambda: log.append({"id": "b", **OWN}), lambda: log.remove("a")):
-        with pytest.raises(OSError, match="moved or replaced by another program"):
+        with pytest.raises(OSError, match="moved or changed by another program"):
             change()
     log.path.unlink()
-    with pytest.raises(OSError, match="moved or replaced"):
+    with pytest.raises(OSError, match="moved or changed"):
         log.append({"id": "b", **OWN})
     assert list(log.rows) == ["a"]
+
+
+def test_rows_that_another_program_appends_are_not_lost(tmp_path, opened):
+    log = opened(Log(tmp_path / "log.jsonl"))
+    log.append({"id": "a", **OWN})
+    with log.path.open("a") as file:
+        file.write(json.dumps({"id": "theirs", **OWN}) + "\n")
+    with pytest.raises(OSError, match="changed by another program"):
+        log.remove("a")
+    assert [row["id"] for row in read(log.path)] == ["a", "theirs"]
 
 
 def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch, opened):
@@ -257,6 +267,7 @@ def test_prompts_alone_ask_for_demonstrations(tmp_path, labels_of):
         ({"id": "t0", "prompt": "p", "completions": ["a", "b"]}, "the id 't0' is also that of .*row 1"),
         ({"prompt": "p", "completions": ["a", "\ud800"]}, "half a surrogate pair"),
         ({"prompt": "p", "completions": ["a", "b"], "models": ["x"]}, "column 'models'"),
+        ({"prompt": [{"role": "user", "content": "p"}], "completions": ["a", "b"]}, "texts in one row and conv"),
         ([], "expected an object"),
     ],
 )
@@ -380,6 +391,41 @@ def test_other_hosts_and_forms_of_other_pages_are_refused(server):
     task = server.ask("/api/next?labeler=ann")[1]["task"]
     body = ranking(task, "ann", "from-elsewhere")
     assert server.ask("/api/ranking", body, {"Content-Type": "text/plain"})[0] == 422
+    for site in ("cross-site", "same-site"):  # which would hold tasks
+        assert server.ask("/api/next?labeler=eve", headers={"Sec-Fetch-Site": site})[0] == 403
+        assert server.ask("/", headers={"Sec-Fetch-Site": site})[0] == 200  # a link to the page
+
+
+def test_a_column_of_a_task_changes_no_answer(labels_of):
+    labels = labels_of([{**TASKS[0], "kind": "qa", "time": "never", "ranks": [9]}])
+    answer(labels, "ann", name="the-answer")
+    assert labels.answer("the-answer", "ann")["kind"] == "ranking"
+    labels.undo("the-answer", "ann")
+    assert labels.progress("ann")["mine"] == 0
+
+
+def test_a_reload_goes_on_with_the_task_that_was_shown(labels_of):
+    labels = labels_of()
+    first, second = labels.next("ann"), labels.next("bob")
+    labels.save("skip", "skipped-by-ann", "ann", first.id, first.version, {"reason": "no"})
+    assert labels.next("bob").id == second.id
+
+
+def test_names_with_spaces_are_told_apart(labels_of):
+    rows = [{"id": name, "prompt": "p", "completions": ["x", "y"], "models": [name, name]} for name in ("a", "a b")]
+    labels = labels_of(rows, overlap=1.0)
+    for labeler in ("c", "b c"):
+        for _ in rows:
+            answer(labels, labeler, ranks=(1, 2))
+    assert all(set(row["models"]) == {row["task"]} for row in labels.logs["ranking"].rows.values())
+
+
+def test_extra_columns_of_several_types_are_read_back(tmp_path, labels_of):
+    labels = labels_of([{**TASKS[0], "score": 1}, {**TASKS[1], "score": "high"}])
+    for _ in range(2):
+        answer(labels, "ann")
+    rows = load_rows(str(tmp_path / "rankings.jsonl"), "ranking")
+    assert rows["score"] == ["1", "high"] and rows["completions"][0] == TASKS[0]["completions"]
 
 
 def test_long_and_odd_texts_come_back_as_they_were(tmp_path):
@@ -407,15 +453,28 @@ def test_a_token_is_wanted_elsewhere_than_on_this_machine(tmp_path):
     assert label.is_loopback("127.0.0.1") and label.is_loopback("::1") and not label.is_loopback("0.0.0.0")
 
 
+def with_room(command: list[str], size: int) -> list[str]:
+    """The command in a process that writes no file of more bytes."""
+    limit = "import resource, signal, runpy, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); sys.argv = sys.argv[1:]; "
+    limit += "sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
+    return [command[0], "-c", limit, *command[1:]]
+
+
+def test_no_room_to_keep_what_is_shown(tmp_path):
+    one = Server(write(tmp_path / "tasks.jsonl", TASKS), tmp_path / "rankings.jsonl")
+    one.command = with_room(one.command, 100)
+    with one:
+        status, said = one.ask("/api/next?labeler=ann")
+    assert status == 507 and "no task could be given: File too large" in said["detail"]
+
+
 def test_a_full_disk_is_said_and_mended(tmp_path):
     """A real one: the file may not grow beyond a limit of its process."""
     tasks = write(tmp_path / "tasks.jsonl", TASKS)
     one = Server(tasks, tmp_path / "rankings.jsonl")
-    limit = "import resource, signal, runpy, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500)); sys.argv = sys.argv[1:]; "
-    limit += "sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
     command = one.command
-    one.command = [command[0], "-c", limit, *command[1:]]
+    one.command = with_room(command, 2500)
     statuses = []
     with one:
         for n in range(3):
@@ -509,6 +568,7 @@ def read_whole(path) -> list[dict]:
     [
         (["--output", "x.csv"], "a name that ends with .jsonl"),
         (["--overlap", "2"], "--overlap 2.0"),
+        (["--token", "a&b"], "--token: expected letters"),
         (["--port", "99999"], "invalid choice"),
         (["--tasks", "nowhere.jsonl"], "no such file"),
     ],

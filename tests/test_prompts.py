@@ -93,6 +93,8 @@ def test_few_shot_prompts_become_their_examples():
         "Say the colour.\n\nQuery: sky\nResponse: blue\n\nQuery: snow\nResponse: white\n\nQuery: grass\nResponse:"
     )
     assert all(set(one) == {"prompt", "completion", "user_id", "category"} for one in rows)
+    same = expand_few_shot({**row, "prompt": None, "completion": None})  # as a table of several kinds has it
+    assert same == rows
 
 
 @pytest.mark.parametrize(
@@ -148,6 +150,12 @@ def test_personal_data_are_found_and_masked(personal, kind, value):
     assert personal.find(text) == [(11, 11 + len(value), kind)]
     assert personal.mask(text) == f"Please use <{kind}> for this, thanks."
     assert personal.suspects(text)
+
+
+def test_nothing_is_left_where_two_overlap(personal):
+    """Masked is what Presidio still finds, and not the more certain of the two alone."""
+    for text in ("+49 30 901820 30569309025904", "123-45-6789 4111 1111 1111 1111, 123-45-6789"):
+        assert personal.find(text) and not personal.find(personal.mask(text)), personal.mask(text)
 
 
 @pytest.mark.parametrize("text", ["99.9fm@radio.com", "call 12.5bob@example.com", "1.2john@example.com"])

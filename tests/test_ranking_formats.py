@@ -209,6 +209,9 @@ def test_pairs_are_all_the_untied_ones(ranking):
     assert sorted((row["chosen"], row["rejected"]) for row in rows) == sorted(expected)
 
 
+TALK = [{"role": "user", "content": "p"}]
+
+
 @pytest.mark.parametrize(
     ("format", "row", "message"),
     [
@@ -242,7 +245,18 @@ def test_pairs_are_all_the_untied_ones(ranking):
             {**STUDIO, "annotations": [{"result": [{"value": {"ranker": {"a": [], "b": []}}}]}]},
             "no order",
         ),
+        ("label_studio", {**STUDIO, "data": {"prompt": "p", "i": [{"id": "k1"}, {"id": "k2"}]}}, "'body', 'html' or"),
+        (
+            "ultrafeedback",
+            {"instruction": "a", "completions": [{"response": "b", "score": float("inf")}] * 2},
+            "a number",
+        ),
         ("rankings", [], "expected an object"),
+        ("rankings", {"prompt": "p", "completions": [[], []], "ranks": [1, 2]}, "completion 0: the conv"),
+        ("rankings", {"prompt": TALK, "completions": [[], []], "ranks": [1, 2]}, "completion 0: the conversation is"),
+        ("rankings", {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 10**400]}, "rank 1: expected an integer"),
+        ("rankings", {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2], "labeler_id": []}, "'labeler_id'"),
+        ("rankings", {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2], "models": ["m"]}, "'models'"),
     ],
 )
 def test_wrong_rows_say_what_is_wrong(format, row, message):

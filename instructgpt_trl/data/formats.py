@@ -1,5 +1,6 @@
 """Rows as datasets: loaded from files, folders and the hub, checked, turned into conversations."""
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ def load_rows(source: str, kind: str, split: str = "train", allow_empty: bool = 
         # Read row by row, so that a wrong row is named by its place and not by a column type of the whole file
         rows, places = READERS[suffix](path)
         rows = [check_row(row, kind, place, allow_empty) for row, place in zip(rows, places, strict=True)]
-        return _from_list(rows, str(source))
+        return _from_list(rows, kind, str(source))
     return check_rows(load_arrow(str(source), split), kind, str(source), allow_empty)
 
 
@@ -80,17 +81,28 @@ def _has_lists(dataset: Dataset) -> bool:
     return all(isinstance(dataset[0][column], list) for column in ("completions", "ranks"))
 
 
-def _from_list(rows: list[dict[str, Any]], source: str) -> Dataset:
+def _from_list(rows: list[dict[str, Any]], kind: str, source: str) -> Dataset:
     if not rows:
         raise InputError(f"{source}: no rows; expected at least one; add some")
     columns = list(dict.fromkeys(column for row in rows for column in row))  # `from_list` takes the first row's only
+    whole = [{column: row.get(column) for column in columns} for row in rows]
     try:
-        return Dataset.from_list([{column: row.get(column) for column in columns} for row in rows])
-    except Exception as error:  # pyarrow: a column that is text in one row and a conversation in another
+        return Dataset.from_list(whole)
+    except Exception:  # pyarrow: a column has values of several types
+        pass
+    try:  # that of a column which nobody trains on is no reason to refuse the rows: its values become text
+        return Dataset.from_list(
+            [{name: value if name in KINDS[kind] else _as_text(value) for name, value in row.items()} for row in whole]
+        )
+    except Exception as error:  # text in one row and a conversation in another
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"{source}: rows of different types cannot be mixed in one file ({reason}); make them alike"
         ) from None
+
+
+def _as_text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def as_conversations(dataset: Dataset) -> Dataset:

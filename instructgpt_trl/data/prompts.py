@@ -90,7 +90,9 @@ def expand_few_shot(row: dict[str, Any]) -> list[dict[str, Any]]:
     """
     if row.get("prompt") is not None:
         return [row]
-    rest = {name: value for name, value in row.items() if name not in ("prompt", "instruction", "examples")}
+    rest = {
+        name: value for name, value in row.items() if name not in ("prompt", "completion", "instruction", "examples")
+    }
     shown = [f"Query: {example['query']}\nResponse: {example['response']}" for example in row["examples"]]
     rows = []
     for k, example in enumerate(row["examples"]):

@@ -8,6 +8,7 @@ best, equal ranks tie), and where the row has them `labeler_id`, `id`, `models` 
 pairs; conversations are refused where it has texts only.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from os.path import commonprefix
 from typing import Any
 
 from .files import InputError
-from .rows import check_row
+from .rows import OF_COMPLETIONS, check_row
 
 __all__ = ["FORMATS", "RankingFormat", "hh_conversation", "pairs_of", "ranks_of", "read_ranking", "without_empty"]
 
@@ -76,8 +77,8 @@ def without_empty(ranking: Row) -> Row | None:
         return ranking
     if len(kept) < 2:
         return None
-    each = ("completions", "ranks", "models", "scores", "ratings", "metadata")
-    parts = {name: [ranking[name][k] for k in kept] for name in each if ranking.get(name) is not None}
+    each = ("completions", "ranks", *OF_COMPLETIONS)
+    parts = {name: [ranking[name][k] for k in kept] for name in each if isinstance(ranking.get(name), list)}
     return {**ranking, **parts}
 
 
@@ -203,8 +204,8 @@ def _number(value: Any, where: str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        number = float("nan")
-    if isinstance(value, bool) or number != number:
+        number = math.nan
+    if isinstance(value, bool) or not math.isfinite(number):
         raise InputError(f"{where}: expected a number, got {value!r}; correct it or drop the row")
     return number
 
@@ -367,8 +368,12 @@ def _read_label_studio(row: Row, where: str) -> list[Row]:
     items = next((value for value in data.values() if isinstance(value, list)), [])
     names = [str(item["id"]) for item in items]
     prompt = next((data[name] for name in ("prompt", "instruction", "text") if isinstance(data.get(name), str)), None)
-    if prompt is None or len(names) < 2:
-        raise InputError(f"{where}, 'data': expected 'prompt' and a list of items, found {', '.join(data)}")
+    texts = [next((item[name] for name in ("body", "html", "text") if name in item), None) for item in items]
+    if prompt is None or len(names) < 2 or None in texts:
+        raise InputError(
+            f"{where}, 'data': expected 'prompt' and a list of items with 'body', 'html' or 'text' each, found "
+            f"{', '.join(data)}"
+        )
     rankings = []
     for annotation in row["annotations"]:
         values = [one["value"]["ranker"] for one in annotation["result"] if "ranker" in one.get("value", {})]
@@ -377,9 +382,7 @@ def _read_label_studio(row: Row, where: str) -> list[Row]:
         rankings.append(
             {
                 "prompt": prompt,
-                "completions": [
-                    next(item[name] for name in ("body", "html", "text") if name in item) for item in items
-                ],
+                "completions": texts,
                 "ranks": _ranks_by_item(values[0], names, where),
                 **_labeler(annotation.get("completed_by")),
                 **_only(row, "id"),

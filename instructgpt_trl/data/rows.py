@@ -18,6 +18,9 @@ KINDS: dict[str, tuple[str, ...]] = {
     "pretraining": ("text",),
 }
 
+# Optional columns of a ranking with a value for each completion, if they are lists
+OF_COMPLETIONS = ("models", "scores", "ratings", "metadata")
+
 Text = str | list[dict[str, str]]  # a string, or a conversation: [{"role": ..., "content": ...}, ...]
 
 
@@ -88,6 +91,10 @@ def _check_ranking(row: dict[str, Any], where: str, allow_empty: bool) -> None:
             f"add completions or drop the row"
         )
     for k, completion in enumerate(completions):
+        if completion == []:  # one that said nothing has a message of no text
+            raise InputError(
+                f"{where}, completion {k}: the conversation is empty; expected at least one message; drop it"
+            )
         _check_text(completion, f"{where}, completion {k}", allow_empty, empty_turns=allow_empty)
         _check_forms(row["prompt"], completion, f"{where}, completion {k}")
     if not isinstance(ranks, list) or len(ranks) != len(completions):
@@ -97,11 +104,20 @@ def _check_ranking(row: dict[str, Any], where: str, allow_empty: bool) -> None:
             f"give every completion its rank (1 is best, equal ranks tie)"
         )
     for k, rank in enumerate(ranks):
-        number = isinstance(rank, int | float) and not isinstance(rank, bool) and math.isfinite(rank)
-        if not number or rank != int(rank) or rank < 1:
+        number = isinstance(rank, int) or isinstance(rank, float) and math.isfinite(rank)
+        if not number or isinstance(rank, bool) or rank != int(rank) or not 1 <= rank < 2**31:
             raise InputError(
                 f"{where}, rank {k}: expected an integer >= 1 (1 is best, equal ranks tie), got {rank!r}; "
                 f"correct the rank or drop the completion"
+            )
+    labeler = row.get("labeler_id")
+    if labeler is not None and (isinstance(labeler, bool) or not isinstance(labeler, str | int)):
+        raise InputError(f"{where}, column 'labeler_id': expected text or a whole number, got {labeler!r}; correct it")
+    for name in OF_COMPLETIONS:
+        if isinstance(row.get(name), list) and len(row[name]) != len(completions):
+            raise InputError(
+                f"{where}, column '{name}': expected one for each of {len(completions)} completions, got "
+                f"{len(row[name])}; correct it"
             )
 
 

@@ -47,15 +47,22 @@ def convert(args: argparse.Namespace) -> dict[str, int]:
     rows, places = read_rows(str(args.input), bad)
     unread = len(bad)
     rankings: list[tuple[Row, str]] = []
+    without = 0
     for row, where in zip(tqdm(rows, desc=f"reading {args.input.name}"), places, strict=True):
         try:
             found = read_ranking(row, args.source, where)
             if args.conversational:
                 found = [hh_conversation(ranking, where) for ranking in found]
             rankings += [(ranking, where) for ranking in found]
+            without += not found
         except InputError as error:
             bad.append(str(error))
-    counts = {"rows": len(rows) + unread, "bad rows": len(bad), "rankings": len(rankings)}
+    counts = {
+        "rows": len(rows) + unread,
+        "bad rows": len(bad),
+        "rows without a ranking": without,
+        "rankings": len(rankings),
+    }
     counts["with a completion of no text"] = sum(without_empty(ranking) != ranking for ranking, _ in rankings)
     if args.drop_empty:
         rankings = [(kept, where) for ranking, where in rankings if (kept := without_empty(ranking))]

@@ -72,7 +72,8 @@ class Labels:
             self.tasks.refresh()
             done = self._by_task()
             now = time.time()
-            for task in self.tasks:
+            # What he was at first, so that a reload goes on with it
+            for task in sorted(self.tasks, key=lambda one: labeler not in self._held.get((one.id, one.version), ())):
                 key = (task.id, task.version)
                 if labeler in done[key]["any"]:
                     continue
@@ -87,11 +88,11 @@ class Labels:
     def _show(self, task: Task, labeler: str) -> None:
         own = {"task": task.id, "labeler_id": labeler, "version": task.version, "time": _now()}
         texts = {"prompt": task.prompt, "completions": list(task.completions), "rest": task.rest}
-        self.logs[SHOWN].append({"id": f"{task.version} {task.id} {labeler}", **own, **texts})
+        self.logs[SHOWN].append({"id": _shown_id(task.id, task.version, labeler), **own, **texts})
 
     def shown(self, task: str, version: str, labeler: str) -> Task | None:
         """What this labeler was shown under these names."""
-        row = self.logs[SHOWN].rows.get(f"{version} {task} {labeler}")
+        row = self.logs[SHOWN].rows.get(_shown_id(task, version, labeler))
         return row and Task(task, version, row["prompt"], tuple(row["completions"]), row["rest"])
 
     def progress(self, labeler: str) -> dict[str, Any]:
@@ -159,7 +160,7 @@ class Labels:
         for kind in KINDS:
             row = self.logs[kind].rows.get(name)
             if row is not None and row["labeler_id"] == labeler:
-                return {"kind": kind, **row}
+                return {**row, "kind": kind}
         return None
 
     def close(self) -> None:
@@ -192,6 +193,10 @@ class Labels:
 def key_of(row: Row) -> Key:
     """A task and its texts: with other texts it is another one."""
     return row["task"], row["version"]
+
+
+def _shown_id(task: str, version: str, labeler: str) -> str:
+    return json.dumps([version, task, labeler], ensure_ascii=False)
 
 
 def _now() -> str:

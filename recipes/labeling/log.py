@@ -57,6 +57,7 @@ class Log:
             self._end(tail, len(data) - len(tail), len(lines) + 1)
         if new:
             _sync_folder(self.path.parent)
+        self._size = os.fstat(self._file.fileno()).st_size
 
     def _end(self, tail: bytes, start: int, number: int) -> None:
         """What is behind the last newline: a whole row gets one, half a one of ours goes, and others are refused."""
@@ -107,6 +108,7 @@ class Log:
             self._cut(end)
             raise
         self.rows[row["id"]] = row
+        self._size = os.fstat(self._file.fileno()).st_size
 
     def remove(self, name: str) -> None:
         """
@@ -129,6 +131,7 @@ class Log:
                 raise
         self.rows = kept
         self._reopen()
+        self._size = os.fstat(self._file.fileno()).st_size
         _sync_folder(self.path.parent)
 
     def close(self) -> None:
@@ -137,13 +140,16 @@ class Log:
         self._lock.close()
 
     def _check_place(self) -> None:
-        """An editor that saves, or `mv`, leaves this process with a file that has no name any more."""
+        """
+        An editor that saves, or `mv`, leaves this process with a file that has no name any more; and rows that another
+        program wrote are not among those that `remove` writes anew.
+        """
         try:
-            there = os.stat(self.path).st_ino
+            there = os.stat(self.path)
         except FileNotFoundError:
             there = None
-        if there != os.fstat(self._file.fileno()).st_ino:
-            raise OSError(f"{self.path} was moved or replaced by another program; start the server again")
+        if there is None or there.st_ino != os.fstat(self._file.fileno()).st_ino or there.st_size != self._size:
+            raise OSError(f"{self.path} was moved or changed by another program; start the server again")
 
     def _flush(self) -> None:
         self._file.flush()

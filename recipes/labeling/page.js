@@ -13,7 +13,7 @@ let last = null; // id of this labeler's last answer
 let sending = false;
 
 function key(name) { return `${name}:${labeler}`; }
-function draftKey() { return key(`draft:${task.id}:${task.version}`); }
+function draftKey(of = task) { return key(`draft:${of.id}:${of.version}`); }
 function keep() { try { localStorage.setItem(draftKey(), JSON.stringify(work)); } catch { say("this browser keeps no drafts", true); } }
 function say(text, bad = false) { $("state").textContent = text; $("state").classList.toggle("bad", bad); }
 function newId() { const b = crypto.getRandomValues(new Uint8Array(16)); return [...b].map((x) => x.toString(16).padStart(2, "0")).join(""); }
@@ -76,7 +76,7 @@ async function flush() { // what was not confirmed, from before a crash and from
 
 function setSending(on) {
   sending = on;
-  for (const button of document.querySelectorAll("#work button, #undo")) button.disabled = on || (button.id === "undo" && !last);
+  for (const button of document.querySelectorAll("#work button, #undo, #who, #again")) button.disabled = on || (button.id === "undo" && !last);
 }
 
 async function next(quiet) {
@@ -107,29 +107,36 @@ function showProgress(progress) {
 async function undo() {
   if (!last || sending) return;
   const id = last;
-  const found = await untilAnswered(`/api/answer?id=${encodeURIComponent(id)}&labeler=${encodeURIComponent(labeler)}`);
-  if (found.answer && found.task) { // kept here before it is taken out there
-    task = found.task;
-    if (found.answer.kind === "ranking") {
-      const { ranks, ratings, metadata } = found.answer;
-      const levels = [...new Set(ranks)].sort((a, b) => a - b);
-      const groups = levels.map((level) => ranks.flatMap((rank, k) => (rank === level ? [k] : [])));
-      localStorage.setItem(draftKey(), JSON.stringify({ ...fresh(), step: "rank", ratings, metadata, groups }));
-    }
-    if (found.answer.kind === "demonstration") localStorage.setItem(`${draftKey()}:text`, found.answer.text);
+  let found, progress;
+  setSending(true);
+  try {
+    found = await untilAnswered(`/api/answer?id=${encodeURIComponent(id)}&labeler=${encodeURIComponent(labeler)}`);
+    if (found.answer && found.task) keepAnswer(found.answer, found.task); // before it is taken out there
+    progress = (await untilAnswered("/api/undo", { id, labeler })).progress;
+  } finally {
+    setSending(false);
   }
-  showProgress((await untilAnswered("/api/undo", { id, labeler })).progress);
+  showProgress(progress);
   say(found.answer ? "taken back" : "nothing to take back");
   if (!found.answer || !found.task) return next(true);
   open(found.task);
   if (found.answer.kind === "demonstration") $("write").click();
 }
 
+function keepAnswer({ kind, ranks, ratings, metadata, text }, of) { // as a draft
+  if (kind === "ranking") {
+    const levels = [...new Set(ranks)].sort((a, b) => a - b);
+    const groups = levels.map((level) => ranks.flatMap((rank, k) => (rank === level ? [k] : [])));
+    localStorage.setItem(draftKey(of), JSON.stringify({ ...fresh(of), step: "rank", ratings, metadata, groups }));
+  }
+  if (kind === "demonstration") localStorage.setItem(`${draftKey(of)}:text`, text);
+}
+
 // A task on the page
 
-function fresh() {
+function fresh(of = task) {
   const none = Object.fromEntries(Object.keys(questions).map((name) => [name, false]));
-  return { step: "rate", place: 0, ratings: task.outputs.map(() => null), metadata: task.outputs.map(() => ({ ...none })), groups: null, history: [], started: Date.now() };
+  return { step: "rate", place: 0, ratings: of.outputs.map(() => null), metadata: of.outputs.map(() => ({ ...none })), groups: null, history: [], started: Date.now() };
 }
 
 function open(given) {
@@ -198,8 +205,9 @@ function drawRating() {
   $("forward").disabled = work.ratings[k] === null;
 }
 
-function rate(value) { work.ratings[work.place] = value; keep(); draw(); }
-function answer(name, value) { work.metadata[work.place][name] = value; keep(); draw(); }
+// What is on its way stays as it was sent
+function rate(value) { if (!sending) { work.ratings[work.place] = value; keep(); } draw(); }
+function answer(name, value) { if (!sending) { work.metadata[work.place][name] = value; keep(); } draw(); }
 function goTo(k) { work.step = "rate"; work.place = k; keep(); draw(); }
 
 function forward() {
@@ -267,6 +275,7 @@ function card(k) {
 function levelOf(k) { return work.groups.findIndex((group) => group.includes(k)); }
 
 function move(k, change) {
+  if (sending) return;
   const before = JSON.stringify(work.groups);
   const groups = work.groups.map((group) => group.filter((other) => other !== k));
   change(groups);
@@ -288,7 +297,7 @@ function step(k, up) { // half steps: out of a tie to a rank of its own, from th
 }
 
 function drag(event, k, element) {
-  if (event.button !== 0) return;
+  if (event.button !== 0 || sending) return;
   const start = [event.clientX, event.clientY];
   let ghost = null;
   const target = (at) => document.elementsFromPoint(at.clientX, at.clientY).find((one) => one.matches(".gap, .level"));

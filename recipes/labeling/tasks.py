@@ -80,14 +80,21 @@ def read_tasks(path: Path) -> dict[str, Task]:
     The tasks of a file, by id.
 
     Raises:
-        [`InputError`]: the first wrong row, or two rows with one id, or none.
+        [`InputError`]: the first wrong row, two rows with one id, texts and conversations, or no row.
     """
     tasks: dict[str, Task] = {}
     of: dict[str, str] = {}
+    forms: dict[bool, str] = {}  # whether text, and where
     for row, where in zip(*read_rows(str(path)), strict=True):
         task = task_of(row, where)
         if task.id in tasks:
             raise InputError(f"{where}: the id '{task.id}' is also that of {of[task.id]}; every task needs its own")
+        forms[isinstance(task.prompt, str)] = where
+        if len(forms) > 1:
+            raise InputError(
+                f"{where}: texts in one row and conversations in another ({forms[not isinstance(task.prompt, str)]}), "
+                f"which cannot be trained on from one file; give each kind a file and an --output of its own"
+            )
         tasks[task.id], of[task.id] = task, where
     if not tasks:
         raise InputError(f"{path}: no tasks; expected rows with columns prompt, completions")
