@@ -48,10 +48,12 @@ __all__ = [
     "sampled_by_cdf",
 ]
 
+RESUME = ("_get_output_dir", "_save_checkpoint", "_push_from_checkpoint")  # by `ExactResume`, in all three
+
 # (class, method): overridden in our subclass, or called although it is private
 OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "SFTConfig": ("__post_init__",),
-    "SFTTrainer": ("__init__", "train", "training_step", "evaluate", "evaluation_loop", "_prepare_dataset"),
+    "SFTTrainer": ("__init__", "train", "training_step", "evaluate", "evaluation_loop", "_prepare_dataset", *RESUME),
     "RewardConfig": ("__post_init__",),
     "RewardTrainer": (
         "__init__",
@@ -62,6 +64,7 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
         "compute_loss",
         "log",
         "_save",
+        *RESUME,
     ),
     "RLOOConfig": ("__post_init__",),
     "RLOOTrainer": (
@@ -83,6 +86,7 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
         "_save",
         "_load_from_checkpoint",
         "_load_best_model",
+        *RESUME,
     ),
 }
 

@@ -61,7 +61,8 @@ class PPOConfig(RLOOConfig):
     Changed defaults: `beta=0.02` [P], `num_generations=1` [P], `max_completion_length=1024` [P],
     `learning_rate=8.05e-6` (the highest that was stable without pretraining gradients [P C.4]),
     `lr_scheduler_type="constant"` [P], `adam_beta2=0.95` [P], `adam_epsilon=1e-5` [L, N+],
-    `normalize_advantages=True` [L], `disable_dropout=True`, and bf16, fp16 or fp32 by what the device has.
+    `normalize_advantages=True` [L], `disable_dropout=True`, `restore_callback_states_from_checkpoint=True`, and bf16,
+    fp16 or fp32 by what the device has.
     """
 
     beta: float = field(default=0.02, metadata={"help": "KL coefficient, per token, in nats."})
@@ -73,6 +74,9 @@ class PPOConfig(RLOOConfig):
     adam_epsilon: float = field(default=1e-5, metadata={"help": "Adam's epsilon."})
     normalize_advantages: bool = field(default=True, metadata={"help": "Whiten the advantages over a batch."})
     disable_dropout: bool = field(default=True, metadata={"help": "No dropout in any pass, LoRA's included."})
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Resume with the states of callbacks too, early stopping's patience."}
+    )
 
     max_prompt_length: int | None = field(default=1024, metadata={"help": "Longest prompt in tokens."})
     value_learning_rate: float = field(default=9e-6, metadata={"help": "Peak learning rate of the value model."})

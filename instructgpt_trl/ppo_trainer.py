@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import set_seed
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     BitsAndBytesConfig,
@@ -28,6 +28,7 @@ from transformers.utils import logging
 from trl import RLOOTrainer
 
 from ._trl import add_fused_lm_head, cache_with_room, get_config_model_id, preserved_rng, sampled_by_cdf
+from .checkpoints import ExactResume, of_process
 from .data import InputError, check_output_dir, check_rows, check_tokenizers, encode_prompt
 from .data.completions import CompletionsFile
 from .data.encoding import turn_end
@@ -66,6 +67,7 @@ logger = logging.get_logger(__name__)
 VALUE_FILE = "value_model.safetensors"
 _REWARD_ARGUMENTS = ("prompts", "completions")  # TRL's own; columns of these names cannot be passed to functions
 STATE_FILE = "ppo_state.json"
+ROLLOUT = "rollout"  # file of a checkpoint inside a rollout
 # Of `model_init_kwargs`, what a reward model on a base of its own does not get; its quantisation is in its folder
 _OF_THE_POLICY = ("revision", "code_revision", "subfolder", "variant", "gguf_file", "quantization_config")
 _GRADIENTS = {
@@ -76,7 +78,7 @@ _GRADIENTS = {
 COMPLETIONS_FILES = {"train": "completions.jsonl", "eval": "eval_completions.jsonl"}
 
 
-class PPOTrainer(RLOOTrainer):
+class PPOTrainer(ExactResume, RLOOTrainer):
     """
     Trainer for PPO and PPO-ptx as in InstructGPT [P 3.5, C.4, Eq. 2].
 
@@ -102,7 +104,7 @@ class PPOTrainer(RLOOTrainer):
     Overrides: `__init__`, `train`, `evaluate`, `log`, `training_step`, `prediction_step`, `create_optimizer`,
     `create_scheduler`, and of the private methods `_get_train_sampler`, `_tokenize_prompts`,
     `_generate_single_turn`, `_prepare_inputs`, `_clip_grad_norm`, `_save`, `_load_from_checkpoint`,
-    `_load_best_model`; calls `_generate` and `_calculate_rewards`.
+    `_load_best_model`, and those of [`ExactResume`]; calls `_generate` and `_calculate_rewards`.
 
     Refuses: several processes, images, an optimizer from outside, sampling that cuts the policy's distribution.
     """
@@ -688,6 +690,36 @@ class PPOTrainer(RLOOTrainer):
         load_parameters(self._value_parameters, str(folder / VALUE_FILE))
         self.kl_coef = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["kl_coef"]
 
+    def _datasets(self) -> dict[str, Any]:
+        stream = self._ptx_stream
+        return {**super()._datasets(), **({} if stream is None else {"ptx_dataset": stream.blocks})}
+
+    @property
+    def _is_inside_rollout(self) -> bool:
+        return self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+
+    def _progress(self) -> dict[str, Any]:
+        return {**super()._progress(), "rows": {name: limit.rows for name, limit in self._limits.items()}}
+
+    def _save_progress(self, folder: Path) -> None:
+        """The rollout too, where some of it is still to be trained on."""
+        super()._save_progress(folder)
+        if self._is_inside_rollout:
+            episodes = {name: tensor.contiguous() for name, tensor in self._episodes.items()}
+            save_file({**episodes, "order": self._order}, of_process(folder, ROLLOUT, ".safetensors", self.args))
+
+    def _load_progress(self, folder: Path) -> dict[str, Any]:
+        progress = super()._load_progress(folder)
+        for name, rows in progress.get("rows", {}).items():
+            self._limits[name].rows = min(rows, self._limits[name].rows)
+        self._episodes = self._order = None
+        file = of_process(folder, ROLLOUT, ".safetensors", self.args)
+        episodes = load_file(file, str(self.accelerator.device)) if file.is_file() else {"order": ()}
+        if len(episodes["order"]) == self.args.per_device_train_batch_size * self.args.steps_per_generation:
+            self._order = episodes.pop("order").cpu()
+            self._episodes = episodes
+        return progress
+
     def _load_best_model(self) -> None:
         """All of that checkpoint, so that average and value model belong to the policy they are saved with."""
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -707,10 +739,10 @@ class _StepCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._step = state.global_step * args.gradient_accumulation_steps
-        if state.global_step % self.trainer._steps_per_update:
+        if state.global_step % self.trainer._steps_per_update and self.trainer._episodes is None:
             logger.warning(
-                f"step {state.global_step} is inside a rollout of {self.trainer._steps_per_update} steps, whose "
-                f"completions are sampled anew; for an exact resume save at multiples of that (save_steps)"
+                f"step {state.global_step} is inside a rollout of {self.trainer._steps_per_update} steps, which is "
+                f"not in the checkpoint or of another size: its completions are sampled anew"
             )
         if args.save_completions:
             step = state.global_step

@@ -26,6 +26,8 @@ class RewardConfig(trl.RewardConfig):
             With `lr_scheduler_kwargs` left out it ends at 10 % of the peak, without warm-up [C.2].
         adam_beta2 (`float`, *optional*, defaults to `0.95`):
             Second beta of Adam; the first is 0.9 [C].
+        restore_callback_states_from_checkpoint (`bool`, *optional*, defaults to `True`):
+            A resumed run has the patience left that early stopping had.
         bf16 (`bool`, *optional*):
             If neither `bf16` nor `fp16` is set: bf16, fp16 or fp32 by what the device has.
 
@@ -61,6 +63,9 @@ class RewardConfig(trl.RewardConfig):
         },
     )
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW (InstructGPT C)."})
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Resume with the states of callbacks too, early stopping's patience."}
+    )
 
     prefix_sharing: str = field(
         default="auto",

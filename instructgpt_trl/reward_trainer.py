@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ._trl import preserved_rng
+from .checkpoints import ExactResume
 from .data import InputError, check_output_dir, check_rows
 from .data.formats import by_prompt, split_by_length
 from .data.rankings import DataCollatorForRanking, check_rankings, prepare_rankings
@@ -32,7 +33,7 @@ from .reward_metrics import STATS, metrics_of, prompt_stats
 logger = logging.getLogger(__name__)
 
 
-class RewardTrainer(trl.RewardTrainer):
+class RewardTrainer(ExactResume, trl.RewardTrainer):
     """
     Trainer of reward models on K-way rankings [InstructGPT 3.5, C.2].
 
@@ -49,7 +50,8 @@ class RewardTrainer(trl.RewardTrainer):
 
     Overrides of TRL's `RewardTrainer`: `_prepare_dataset` (rankings), `_set_signature_columns_if_needed`,
     `compute_loss`, `training_step` (stops at NaN), `log` (metrics over all pairs since the last log, not means of
-    batch means), `train` (seeds; sets the bias at the end), `_save` (`reward_model.json` beside the weights).
+    batch means), `train` (seeds; sets the bias at the end), `_save` (`reward_model.json` beside the weights), and
+    those of [`ExactResume`].
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`):

@@ -30,6 +30,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutp
 from trl.models import unwrap_model_for_generation
 
 from ._trl import get_config_model_id, lm_head_tiles, preserved_rng
+from .checkpoints import ExactResume
 from .data import InputError, check_output_dir, check_rows, check_tokenizers, encode_prompt, pack_texts
 from .data.demonstrations import IMAGES, check_demonstrations, columns_of, cut_report, mix
 from .data.formats import by_prompt, split_by_length
@@ -50,7 +51,7 @@ logger = get_logger(__name__)
 Rows = Dataset | IterableDataset
 
 
-class SFTTrainer(trl.SFTTrainer):
+class SFTTrainer(ExactResume, trl.SFTTrainer):
     r"""
     Supervised fine-tuning on demonstrations, as in InstructGPT 3.5, C.1 and C.3: TRL's [`~trl.SFTTrainer`], plus
 
@@ -78,7 +79,8 @@ class SFTTrainer(trl.SFTTrainer):
 
     Neutral setting: `residual_dropout=0`, no `pretraining_dataset`, no `reward_model` equals the parent.
 
-    Overrides: `__init__`, `train`, `training_step` (stops at NaN), `evaluate`, `evaluation_loop`, `_prepare_dataset`.
+    Overrides: `__init__`, `train`, `training_step` (stops at NaN), `evaluate`, `evaluation_loop`, `_prepare_dataset`,
+    and those of [`ExactResume`].
 
     Differs from TRL: rows over `max_length` are counted and named; the constructor leaves the caller's random number
     generators alone and `train` seeds; adapters on a quantised base stay float32; without a GPU the LM head works on

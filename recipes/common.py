@@ -33,11 +33,11 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from yaml import YAMLError
 
+from instructgpt_trl.checkpoints import check_checkpoint, last_checkpoint
 from instructgpt_trl.data import InputError, as_conversations, encode_completion, load_rows
 from instructgpt_trl.memory import PARTS, Load, peak, predict
 from instructgpt_trl.peak_memory import PeakMemory
@@ -186,18 +186,17 @@ def parse_arguments(argv: list[str], classes: tuple[type, ...], **defaults: Any)
 
 
 def _checkpoint(config: TrainingArguments) -> str | None:
-    """The checkpoint to go on from: a folder, or with `true` the last one in the output folder."""
+    """The checkpoint to go on from: a folder, or with `true` the last whole one in the output folder."""
     given = str(config.resume_from_checkpoint or False)
     if given.lower() == "false":
         return None
-    last = given.lower() == "true"
-    folder = get_last_checkpoint(config.output_dir) if last and Path(config.output_dir).is_dir() else given
+    folder = last_checkpoint(config.output_dir) if given.lower() == "true" else given
     if folder is None or not Path(folder).is_dir():
         raise InputError(
             f"--resume_from_checkpoint {given}: no checkpoint there; give a checkpoint's folder, or true where "
-            f"{config.output_dir} holds one"
+            f"{config.output_dir} holds one that is whole"
         )
-    return folder
+    return check_checkpoint(folder)
 
 
 def read(args: DataArguments, source: str | None, kind: str) -> Dataset | None:

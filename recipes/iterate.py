@@ -28,9 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
-
-from instructgpt_trl.data import InputError, check_output_dir, check_row, load_rows, read_rows, write_rows
+from instructgpt_trl.checkpoints import last_checkpoint
+from instructgpt_trl.data import InputError, check_output_dir, check_row, load_rows, parse_json, read_rows, write_rows
 from instructgpt_trl.data.ranking_formats import without_empty
 
 Row = dict[str, Any]
@@ -90,7 +89,7 @@ class Loop:
         }
         file = self.output_dir / "loop.json"
         if file.is_file():
-            known = json.loads(file.read_text(encoding="utf-8"))
+            known = parse_json(file.read_text(encoding="utf-8"), str(file))
             other = [name for name in settings if known.get(name) != settings[name]]
             if other:
                 raise InputError(
@@ -125,11 +124,7 @@ class Loop:
         rows, places = read_rows(str(tasks))
         if self.rank is not None:
             if not rankings.is_file():
-                ranked = [
-                    check_row({**row, "ranks": self.rank(row)}, "ranking", where, allow_empty=True)
-                    for row, where in zip(rows, places, strict=True)
-                ]
-                write_rows(ranked, rankings)
+                write_rows([self._ranked(*one) for one in zip(rows, places, strict=True)], rankings)
             return
         left = unlabeled(rows, rankings)
         if left:
@@ -140,6 +135,13 @@ class Loop:
             time.sleep(LOOK)
             left = unlabeled(rows, rankings)
         print()
+
+    def _ranked(self, row: Row, where: str) -> Row:
+        try:
+            ranks = self.rank(row)
+        except Exception as error:  # of the user's function
+            raise InputError(f"{where}: --labeler failed with {type(error).__name__}: {error}; correct it") from error
+        return check_row({**row, "ranks": ranks}, "ranking", where, allow_empty=True)
 
     def reward(self, number: int) -> None:
         """A reward model from the SFT model on all rankings so far."""
@@ -186,15 +188,6 @@ def train(name: str, config: Path, flags: list[str], output: Path) -> None:
     done.touch()
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The last whole checkpoint; those behind it, at whose writing the run was stopped, go."""
-    while folder.is_dir() and (found := get_last_checkpoint(str(folder))):
-        if (Path(found) / "trainer_state.json").is_file():  # which is written last
-            return found
-        shutil.rmtree(found)
-    return None
-
-
 def recipe(name: str, config: Path | None, flags: list[str]) -> None:
     """
     Run another recipe.
@@ -218,7 +211,10 @@ def function_from(name: str) -> Callable[[Row], list[int]]:
         raise InputError(f"--labeler {name}: expected FILE.py:FUNCTION, with a file that is there")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"--labeler {name}: {type(error).__name__}: {error}; correct the file") from error
     if not callable(getattr(module, function, None)):
         raise InputError(f"--labeler {name}: {file} has no function {function}")
     return getattr(module, function)

@@ -23,14 +23,16 @@ LAYERS = (
     ("data",),
     ("models",),
     ("sft_config", "reward_config", "ppo_config", "memory"),
-    ("ppo_checks", "ppo_metrics", "reward_metrics"),
+    ("checkpoints", "ppo_checks", "ppo_metrics", "reward_metrics"),
     ("sft_trainer", "reward_trainer", "ppo_trainer"),
     ("",),  # __init__.py
 )
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 FOLDERS = {"data", "models"}
-PUBLIC_MODULES = {PACKAGE, *(f"{PACKAGE}.{name}" for name in ("data", "functional", "memory", "peak_memory"))}
-PUBLIC_MODULES |= {f"{PACKAGE}.data.{name}" for name in ("merging", "pii", "prompts", "ranking_formats")}
+PUBLIC_MODULES = {PACKAGE, *(f"{PACKAGE}.{name}" for name in ("checkpoints", "data", "functional", "memory"))}
+PUBLIC_MODULES |= {f"{PACKAGE}.peak_memory"} | {
+    f"{PACKAGE}.data.{name}" for name in ("merging", "pii", "prompts", "ranking_formats")
+}
 PUBLIC_TRL = {"trl", "trl.models"}  # `trl.models` has `unwrap_model_for_generation`, which `trl` does not repeat
 TOP_LEVEL = {
     *("pyproject.toml", "README.md", "instructgpt_trl", "recipes", "eval", "tests"),

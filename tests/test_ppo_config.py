@@ -39,6 +39,7 @@ DEFAULTS = {
     "kl_target": None,  # [P C.4] fixed beta
     "kl_horizon": 10_000,  # [L]
     "disable_dropout": True,  # pitfall 3
+    "restore_callback_states_from_checkpoint": True,  # pitfall 11
     "generation_micro_batch_size": None,  # neutral
     "save_completions": True,  # pitfall 19
 }
