@@ -48,7 +48,12 @@ __all__ = [
     "sampled_by_cdf",
 ]
 
-RESUME = ("_get_output_dir", "_save_checkpoint", "_push_from_checkpoint")  # by `ExactResume`, in all three
+RESUME = (
+    "_run_epoch",
+    "_get_output_dir",
+    "_save_checkpoint",
+    "_push_from_checkpoint",
+)  # by `ExactResume`, in all three
 
 # (class, method): overridden in our subclass, or called although it is private
 OVERRIDDEN: dict[str, tuple[str, ...]] = {

@@ -121,7 +121,7 @@ class ExactResume:
     What the trainers share: whole checkpoints, and `train(resume_from_checkpoint=...)` from the last of them (`True`)
     or a named one, refused if it is not whole or of another tokenizer. Other versions, settings or data are a warning.
 
-    Overrides: `train`, `_get_output_dir`, `_save_checkpoint`.
+    Overrides: `train`, `_run_epoch`, `_get_output_dir`, `_save_checkpoint`; calls `_push_from_checkpoint`.
     """
 
     _unfinished: str | None = None  # folder that a checkpoint is being written into
@@ -157,6 +157,13 @@ class ExactResume:
         progress = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         self._total_train_tokens = progress.get("tokens", 0)
         return progress
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The parent's counts the steps behind each one, so that a run which had ended would get one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     # Writing
 

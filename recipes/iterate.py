@@ -4,10 +4,11 @@ Collect, label, reward model, PPO, and again: the paper's steps 2 and 3 in round
     python recipes/iterate.py --sft runs/sft --dataset prompts.jsonl --rounds 2 --num_prompts 200 \
         --reward_config reward.yaml --ppo_config ppo_ptx.yaml --output_dir runs/loop
 
-A round draws completions from the current policy (the SFT model, then the last round's), for prompts that no round
-before had; waits until they are labelled on recipes/label.py, whose command it prints; trains a reward model from the
-SFT model on all rankings so far, those of `--rankings` too; and a policy from the SFT model on all prompts. With
-`--labeler FILE.py:FUNCTION`, a function of a task that returns its ranks (1 is best), nobody is waited for.
+A round draws completions for prompts that no round before had, from the SFT model, later ones in equal parts from it
+and from the last round's policy (the paper's are of supervised policies too, most of them); waits until they are
+labelled on recipes/label.py, whose command it prints; trains a reward model from the SFT model on all rankings so
+far, those of `--rankings` too; and a policy from the SFT model on all prompts. With `--labeler FILE.py:FUNCTION`, a
+function of a task that returns its ranks (1 is best), nobody is waited for.
 
 The YAML files are those of recipes/collect.py, reward.py and ppo_ptx.py, with all their keys but the models, the
 dataset and the output. Every round has a folder with `tasks.jsonl`, `rankings.jsonl`, `reward` and `policy`. Run
@@ -104,9 +105,12 @@ class Loop:
     def folder(self, number: int) -> Path:
         return self.output_dir / f"round_{number}"
 
-    def current(self, number: int) -> str:
-        """The policy that a round draws from."""
-        return self.sft if number == 1 else str(self.folder(number - 1) / "policy")
+    def policies(self, number: int) -> list[str]:
+        """
+        Whom a round draws from, in equal parts. A reward model has to know the SFT model's completions, with which PPO
+        starts, and the policy's own, which it is led to.
+        """
+        return [self.sft] if number == 1 else [self.sft, str(self.folder(number - 1) / "policy")]
 
     def collect(self, number: int, rows: list[Row]) -> None:
         """Tasks, from prompts that are this round's own."""
@@ -115,7 +119,7 @@ class Loop:
             return
         if not prompts.is_file():
             write_rows(rows[(number - 1) * self.num_prompts : number * self.num_prompts], prompts)
-        flags = ["--policies", self.current(number), "--dataset", str(prompts), "--output", str(tasks)]
+        flags = ["--policies", *self.policies(number), "--dataset", str(prompts), "--output", str(tasks)]
         recipe("collect.py", self.collect_config, flags)
 
     def label(self, number: int) -> None:

@@ -186,7 +186,8 @@ def test_two_rounds_and_going_on(loop, base_dir, tmp_path):
     assert [row["prompt"] for row in read(first / "rankings.jsonl")] == ["prompt 0: ", "prompt 1: "]
     assert [row["prompt"] for row in read(second / "rankings.jsonl")] == ["prompt 2: ", "prompt 3: "]
     assert {model for row in read(first / "tasks.jsonl") for model in row["models"]} == {base_dir}
-    assert {model for row in read(second / "tasks.jsonl") for model in row["models"]} == {str(first / "policy")}
+    both = {base_dir, str(first / "policy")}  # the SFT model's too, with which PPO starts again
+    assert {model for row in read(second / "tasks.jsonl") for model in row["models"]} == both
     everything = load_rows(str(second / "all_rankings.jsonl"), "ranking")
     assert everything["prompt"] == [f"prompt {n}: " for n in range(4)]  # all rankings so far
     RewardModel.from_pretrained(str(second / "reward"))

@@ -1,6 +1,7 @@
 """Sampled completions on disk, one JSON object a line, without any tracker (trl#2948)."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ class CompletionsFile:
         steps = [json.loads(line)["step"] for line in complete]
         first_own = len(complete) - (self.own if keep_baseline else 0)
         kept = [line for i, line in enumerate(complete) if steps[i] < step or (i >= first_own and steps[i] == 0)]
-        self.path.write_text("".join(kept), encoding="utf-8")
+        unfinished = self.path.with_name(f".unfinished-{self.path.name}")  # a run that is killed here loses nothing
+        unfinished.write_text("".join(kept), encoding="utf-8")
+        os.replace(unfinished, self.path)
         self.own = sum(i >= first_own and steps[i] == 0 for i in range(len(complete)))
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:

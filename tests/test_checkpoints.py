@@ -1,0 +1,303 @@
+"""Checkpoints that are whole or not there; runs that go on exactly, or say why not."""
+
+import json
+import logging
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tokenizer
+from faults.stages import STEPS, World, differences, result_of
+from transformers import EarlyStoppingCallback
+
+from instructgpt_trl import SFTTrainer, checkpoints
+from instructgpt_trl.checkpoints import check_checkpoint, flaw, last_checkpoint, seal
+from instructgpt_trl.data import InputError
+
+KILL = Path(__file__).parent / "faults" / "kill.py"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory) -> Path:
+    """A run of reward models to its end, with all its checkpoints. To be copied."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    trainer = world.trainer("reward", "lora", folder, save_total_limit=None)
+    trainer.train()
+    trainer.save_model()
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def warnings_of(caplog):
+    logging.getLogger("transformers").propagate = True
+    return lambda: " ".join(record.message for record in caplog.records if record.levelname == "WARNING")
+
+
+# A folder
+
+
+def sealed(folder: Path) -> Path:
+    (folder / "ema").mkdir(parents=True)
+    (folder / "weights").write_bytes(b"12345")
+    (folder / "ema" / "weights").write_bytes(b"67890")
+    seal(folder, {"step": 3})
+    return folder
+
+
+def test_what_is_whole_has_no_flaw(tmp_path):
+    folder = sealed(tmp_path / "checkpoint-3")
+    (folder / "notes.txt").write_text("somebody's own")
+    assert flaw(folder) is None
+    known = json.loads((folder / "checkpoint.json").read_text())
+    assert known["step"] == 3 and sorted(known["files"]) == ["ema/weights", "weights"]
+    assert known["files"]["weights"] == {
+        "bytes": 5,
+        "sha256": "5994471abb01112afcc18159f6cc74b4f511b99806da59b3caf5a9c173cacfc5",  # sha256sum
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "weights").write_bytes(b"123"), "weights has 3 bytes and had 5"),
+        (lambda f: (f / "ema" / "weights").write_bytes(b"67891"), "ema/weights is not what was written"),
+        (lambda f: (f / "weights").unlink(), "weights is missing"),
+        (lambda f: (f / "checkpoint.json").unlink(), "no checkpoint.json is in it"),
+        (lambda f: (f / "checkpoint.json").write_text('{"files": {"wei'), "checkpoint.json cannot be read"),
+        (lambda f: (f / "checkpoint.json").write_text('{"files": [1]}'), "checkpoint.json cannot be read"),
+        (lambda f: (f / "checkpoint.json").write_bytes(b"\xff\xfe"), "checkpoint.json cannot be read"),
+    ],
+)
+def test_what_is_not_whole_is_said(tmp_path, change, message):
+    folder = sealed(tmp_path / "checkpoint-3")
+    change(folder)
+    assert message in flaw(folder)
+
+
+def test_no_name_in_a_checkpoint_becomes_a_path(tmp_path):
+    folder = sealed(tmp_path / "checkpoint-3")
+    (tmp_path / "secret").write_bytes(b"12345")
+    known = json.loads((folder / "checkpoint.json").read_text())
+    known["files"]["../secret"] = known["files"].pop("weights")
+    (folder / "checkpoint.json").write_text(json.dumps(known))
+    assert flaw(folder) == "../secret is missing"
+
+
+def test_the_last_whole_one_is_taken(tmp_path, warnings_of):
+    for step in (2, 10, 9):
+        sealed(tmp_path / f"checkpoint-{step}")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-10" / "weights").write_bytes(b"")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
+    assert "checkpoint-10 is passed over: weights has 0 bytes and had 5" in warnings_of()
+    assert last_checkpoint(tmp_path / "nowhere") is None
+
+
+# Writing
+
+
+def test_a_checkpoint_that_fails_leaves_none_and_those_before(world, tmp_path, monkeypatch):
+    """The disk is full while the third is written: one line, no half a checkpoint; then the run goes on exactly."""
+    straight = world.trainer("sft", "lora", tmp_path / "straight")
+    straight.train()
+    straight.save_model()
+    trainer = world.trainer("sft", "lora", tmp_path / "full")
+    real, left = torch.save, iter([True] * 8)
+
+    def save(*args, **kwargs):
+        if next(left, None) is None:
+            raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 576 vs 470")
+        real(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", save)
+        with pytest.raises(InputError, match=r"step 3: the checkpoint could not be written to .*MB are free there"):
+            trainer.train()
+    assert sorted(path.name for path in (tmp_path / "full").glob("*checkpoint*")) == ["checkpoint-1", "checkpoint-2"]
+    again = world.trainer("sft", "lora", tmp_path / "full")
+    again.train(resume_from_checkpoint=True)
+    again.save_model()
+    assert differences(result_of(tmp_path / "straight"), result_of(tmp_path / "full")) == []
+
+
+def test_the_one_before_goes_behind_the_renaming(world, tmp_path, monkeypatch):
+    """With `save_total_limit=1` there is always one that is whole."""
+    whole, real = [], checkpoints.seal
+
+    def looked(folder, facts):
+        whole.append(last_checkpoint(tmp_path))
+        real(folder, facts)
+
+    monkeypatch.setattr(checkpoints, "seal", looked)
+    trainer = world.trainer("sft", "lora", tmp_path, save_total_limit=1, load_best_model_at_end=False, max_steps=3)
+    trainer.train()
+    assert whole == [None, str(tmp_path / "checkpoint-1"), str(tmp_path / "checkpoint-2")]
+    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-3"]
+
+
+def test_leftovers_go_and_the_best_is_named_where_it_is(world, tmp_path):
+    (tmp_path / ".unfinished-checkpoint" / "checkpoint-9").mkdir(parents=True)
+    world.trainer("sft", "lora", tmp_path, max_steps=3).train()
+    assert not (tmp_path / ".unfinished-checkpoint").exists()
+    state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
+    best = tmp_path / f"checkpoint-{state['best_global_step']}"
+    assert state["best_model_checkpoint"] == str(best) and best.is_dir()
+
+
+# Going on
+
+
+def test_early_stopping_has_the_patience_that_was_left(world, tmp_path):
+    """No evaluation is better by so much; at the fourth the run stops, begun again before it or not."""
+
+    def trainer(folder: str) -> SFTTrainer:
+        one = world.trainer("sft", "full", tmp_path / folder, save_total_limit=None)
+        one.remove_callback(EarlyStoppingCallback)
+        one.add_callback(EarlyStoppingCallback(3, early_stopping_threshold=1e9))
+        return one
+
+    straight = trainer("straight")
+    straight.train()
+    assert straight.state.global_step == 4
+    for step in (2, 3):
+        resumed = trainer("resumed")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / f"checkpoint-{step}"))
+        assert resumed.state.global_step == 4
+
+
+def test_a_run_that_had_ended_gets_no_further_step(world, run, finished):
+    """Here `max_steps` is inside an epoch, where transformers would take one step more."""
+    trainer = world.trainer("reward", "lora", run, save_total_limit=None)
+    trainer.train(resume_from_checkpoint=True)
+    trainer.save_model()
+    assert trainer.state.global_step == STEPS and differences(result_of(finished), result_of(run)) == []
+
+
+def test_a_callback_that_is_new_is_no_error(world, run):
+    trainer = world.trainer("reward", "lora", run, save_total_limit=None, metric_for_best_model="loss")
+    trainer.add_callback(EarlyStoppingCallback(9))
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-4"))
+    assert trainer.state.global_step == STEPS
+
+
+def test_a_named_checkpoint_that_is_not_whole_is_refused(run, world):
+    (run / f"checkpoint-{STEPS}" / "adapter_model.safetensors").write_bytes(b"")
+    message = f"checkpoint-{STEPS}: adapter_model.safetensors has 0 bytes .* go on from .*checkpoint-{STEPS - 1}"
+    with pytest.raises(InputError, match=message):
+        world.trainer("reward", "lora", run).train(resume_from_checkpoint=str(run / f"checkpoint-{STEPS}"))
+    for folder in run.glob("checkpoint-*"):
+        (folder / "optimizer.pt").unlink()
+    with pytest.raises(InputError, match="no whole checkpoint is in"):
+        world.trainer("reward", "lora", run).train(resume_from_checkpoint=True)
+    with pytest.raises(InputError, match="no other checkpoint beside it is whole"):
+        check_checkpoint(run / "checkpoint-3")
+    with pytest.raises(InputError, match="no checkpoint, which has trainer_state.json"):
+        check_checkpoint(run.parent)
+
+
+def test_a_checkpoint_without_its_optimizer_is_refused(world, tmp_path):
+    world.trainer("sft", "lora", tmp_path, save_only_model=True, load_best_model_at_end=False, max_steps=2).train()
+    with pytest.raises(InputError, match="the optimizer's state is not in it"):
+        world.trainer("sft", "lora", tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_one_of_another_stage_or_tokenizer_is_refused(world, run):
+    with pytest.raises(InputError, match="a checkpoint of RewardTrainer, not of SFTTrainer"):
+        world.trainer("sft", "lora", run).train(resume_from_checkpoint=str(run / "checkpoint-4"))
+    make_tokenizer(extra=("<turn>",)).save_pretrained(run / "checkpoint-4")
+    seal_again(run / "checkpoint-4")
+    with pytest.raises(
+        InputError, match="tokenizers of this run and .*checkpoint-4 differ: vocabulary of 258 and 259"
+    ):
+        world.trainer("reward", "lora", run).train(resume_from_checkpoint=str(run / "checkpoint-4"))
+
+
+def seal_again(folder: Path) -> None:
+    """As somebody would who knows the format."""
+    known = json.loads((folder / "checkpoint.json").read_text())
+    del known["files"]
+    seal(folder, known)
+
+
+def test_what_is_not_as_it_was_is_said(world, run, warnings_of):
+    trainer = world.trainer("reward", "lora", run, learning_rate=0.02, logging_steps=7, save_total_limit=None)
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-4"))
+    said = re.search(r"this is not exactly the run that was stopped: .*", warnings_of())[0]
+    assert "settings learning_rate 0.02 and not 0.01" in said and "logging_steps" not in said and "rows" not in said
+    known = json.loads((run / "checkpoint-6" / "checkpoint.json").read_text())
+    known["versions"]["torch"], known["data"]["train_dataset"], known["processes"] = "1.0", "0" * 64, 2
+    (run / "checkpoint-6" / "checkpoint.json").write_text(json.dumps(known))
+    world.trainer("reward", "lora", run).train(resume_from_checkpoint=str(run / "checkpoint-6"))
+    said = warnings_of()
+    assert f"versions torch {torch.__version__} and not 1.0" in said
+    assert "other rows in train_dataset" in said and "1 processes and not 2" in said
+
+
+def test_the_same_run_is_not_warned_of(world, run, warnings_of):
+    world.trainer("reward", "lora", run).train(resume_from_checkpoint=str(run / "checkpoint-4"))
+    assert "not exactly" not in warnings_of()
+
+
+class Trap:
+    """A pickle that runs code when it is read as one."""
+
+    def __reduce__(self):
+        return (open, (Trap.path, "w"))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "scheduler.pt", "training_args.bin"])
+def test_nothing_in_a_checkpoint_is_executed(world, run, tmp_path, name):
+    Trap.path = str(tmp_path / "it ran")
+    folder = run / "checkpoint-4"
+    for data in (lambda f: torch.save(Trap(), f), lambda f: f.write_bytes(pickle.dumps(Trap()))):
+        data(folder / name)
+        seal_again(folder)
+        trainer = world.trainer("reward", "lora", run, save_total_limit=None)
+        try:
+            trainer.train(resume_from_checkpoint=str(folder))
+        except Exception as error:
+            assert name != "training_args.bin", error
+            assert "weights" in str(error).lower()
+        assert not Path(Trap.path).exists()
+
+
+# Killed (-9), by a harness of its own
+
+
+def killed(*flags: str) -> str:
+    done = subprocess.run([sys.executable, str(KILL), *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    return done.stdout.splitlines()[-1]
+
+
+def test_runs_that_are_killed_end_as_if_they_had_not_been():
+    line = killed("--kills", "4", "--seed", "3", "--stages", "sft-full", "reward-lora", "ppo-full")
+    assert re.fullmatch(r"4 kills in (\d+) runs, \1 of which ended as if nobody had killed them", line)
+
+
+def test_inside_a_save_and_inside_a_rollout():
+    moments = ("inside of that", "inside a rollout", "between a rollout's steps")
+    line = killed("--moments", *moments, "--stages", "reward-full", "ppo-lora")
+    assert line == "4 kills in 6 runs, 6 of which ended as if nobody had killed them"
+
+
+@pytest.mark.slow
+def test_at_every_moment_of_every_stage():
+    line = killed("--moments")
+    assert line == "46 kills in 54 runs, 54 of which ended as if nobody had killed them"
