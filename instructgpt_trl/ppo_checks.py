@@ -30,15 +30,15 @@ def check_arguments(model, args, rewards, train_dataset, processing_class, optim
 
 
 def check_process(args: PPOConfig, rewards: int) -> None:
-    if args.world_size > 1 or args.n_gpu > 1:
+    if args.n_gpu > 1:
         raise InputError(
-            f"PPOTrainer runs in one process on one GPU, got {args.world_size} processes with {args.n_gpu} GPUs each; "
-            f"launch with --num_processes 1 and show it one GPU with CUDA_VISIBLE_DEVICES=0"
+            f"a process of PPOTrainer runs on one GPU, got {args.n_gpu}; start a process for each with accelerate "
+            f"launch --num_processes {args.n_gpu}, or show it one with CUDA_VISIBLE_DEVICES=0"
         )
     if args.distributed_state is not None and args.distributed_state.distributed_type in ("DEEPSPEED", "FSDP"):
         raise InputError(
-            f"PPOTrainer keeps its gradients itself and does not run under {args.distributed_state.distributed_type}; "
-            f"launch with plain python"
+            f"PPOTrainer adds up gradients itself and does not run under {args.distributed_state.distributed_type}; "
+            f"launch with accelerate launch --multi_gpu, or plain python"
         )
     weights = args.reward_weights
     if weights is not None and len(weights) != rewards:

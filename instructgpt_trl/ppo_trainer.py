@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
@@ -35,7 +35,7 @@ from .data.encoding import turn_end
 from .data.episodes import Episodes, by_length, pad_episodes, take_rows
 from .data.pretraining import PretrainingStream, as_episodes
 from .data.prompt_datasets import check_prompts, drop_long_prompts
-from .functional import gae, policy_loss, token_rewards, value_loss, whiten
+from .functional import gae, policy_loss, token_rewards, value_loss
 from .models.ema import EMA
 from .models.guards import stop_unless_finite
 from .models.limits import RowLimit, freed_memory_reused
@@ -61,6 +61,7 @@ from .models.roles import (
 from .ppo_checks import check_arguments, check_batches, check_generation, check_process, too_small
 from .ppo_config import PPOConfig
 from .ppo_metrics import completion_rows, explained_variance, per_completion, spread
+from .processes import check_launch, of_all, same_in_all, sum_over_all, whiten_over_all
 
 logger = logging.get_logger(__name__)
 
@@ -106,7 +107,11 @@ class PPOTrainer(ExactResume, RLOOTrainer):
     `_generate_single_turn`, `_prepare_inputs`, `_clip_grad_norm`, `_save`, `_load_from_checkpoint`,
     `_load_best_model`, and those of [`ExactResume`]; calls `_generate` and `_calculate_rewards`.
 
-    Refuses: several processes, images, an optimizer from outside, sampling that cuts the policy's distribution.
+    Several processes (`accelerate launch --num_processes N`) share each minibatch: every one samples by its own seed
+    and adds its part of the gradients, of means over the tokens of all; whitening, metrics and `completions.jsonl`
+    are of all.
+
+    Refuses: images, an optimizer from outside, sampling that cuts the policy's distribution, DeepSpeed and FSDP.
     """
 
     _tag_names = ["trl", "ppo", "instructgpt-trl"]
@@ -142,6 +147,7 @@ class PPOTrainer(ExactResume, RLOOTrainer):
         rewards = all_rewards(reward_funcs, reward_model)
         check_arguments(model, args, rewards, train_dataset, processing_class, optimizers)
         args = args or PPOConfig(f"{_name_of(model)}-PPO")
+        check_launch(args)
         check_process(args, len(rewards))
         train_dataset = check_prompts(train_dataset, "train_dataset")
         eval_dataset = _each(eval_dataset, check_prompts)
@@ -244,6 +250,11 @@ class PPOTrainer(ExactResume, RLOOTrainer):
                 value.enable_input_require_grads()
         self._policy_parameters = {k: p for k, p in self.roles.policy.parameters().items() if p.requires_grad}
         self._value_parameters = {k: p for k, p in self.roles.value.parameters().items() if p.requires_grad}
+        # The parent has seeded each process otherwise
+        same_in_all(self.accelerator, [p.data for p in self._trained()])
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [*self._policy_parameters.values(), *self._value_parameters.values()]
 
     def _set_up_state(self, ptx_dataset: Dataset | None) -> None:
         args = self.args
@@ -259,7 +270,9 @@ class PPOTrainer(ExactResume, RLOOTrainer):
             "eval": RowLimit(args.per_device_eval_batch_size, "an evaluation pass"),
         }
         self._begun = 0  # rows at a time that this minibatch's gradients were begun with
-        # (2, tokens) returns and values of each rollout since the last log
+        self._minibatch_tokens: torch.Tensor | None = None  # in all processes
+        self._policy_part: dict[str, torch.Tensor | None] = {}  # of the gradient that has the pretraining part too
+        # (2, tokens) returns and values of each completion since the last log
         self._tokens: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
         self._evaluated = ""  # name of the evaluation set, where there are several
         folder = Path(args.output_dir)
@@ -325,7 +338,7 @@ class PPOTrainer(ExactResume, RLOOTrainer):
 
     def train(self, *args, **kwargs):
         """As the parent's, from the seed of the config, whatever ran before."""
-        set_seed(self.args.seed)
+        set_seed(self.args.seed, device_specific=True)
         with freed_memory_reused():
             output = super().train(*args, **kwargs)
         if self.state.global_step == 0 and isinstance(self.train_dataset, IterableDataset):  # not known before
@@ -358,7 +371,7 @@ class PPOTrainer(ExactResume, RLOOTrainer):
         self._log_rollout(episodes, rows, entropies, kl, scores, score_parts, values, returns, advantages)
         self._adapt_kl_coef(kl)
         if self.args.normalize_advantages:
-            advantages = whiten(advantages, episodes["mask"])
+            advantages = whiten_over_all(self.accelerator, advantages, episodes["mask"])
         return {**episodes, "logprobs": logprobs, "values": values, "advantages": advantages, "returns": returns}
 
     def run_role(self, role: Role, method: str, episodes: Episodes, keep: bool = False) -> list[torch.Tensor]:
@@ -401,7 +414,8 @@ class PPOTrainer(ExactResume, RLOOTrainer):
         NaN, which no sum sees and `log` leaves out of means.
         """
         columns = [[row[name] for row in rows] for name in ("prompt", "completion", "completion_ids")]
-        parts = self._calculate_rewards(rows, *columns)
+        parts = self._calculate_rewards(rows, *columns)  # of all processes
+        parts = parts[self.accelerator.process_index * len(rows) :][: len(rows)]
         unscored = torch.isnan(parts).all(1)
         scores = (parts * self.reward_weights.to(parts.device)).nansum(1)
         if self.reward_clip_range:
@@ -442,26 +456,55 @@ class PPOTrainer(ExactResume, RLOOTrainer):
         self.roles.value.network.train()
         accumulation = self.args.gradient_accumulation_steps
         self._prepare_inputs(inputs)
+        if self._step % accumulation == 0:
+            tokens = self._episodes["mask"][self._rows_of(self._step % self.args.steps_per_generation, accumulation)]
+            self._minibatch_tokens = self.accelerator.reduce(tokens.sum(), "sum").clamp(min=1)
         loss = self._limits["train"].run(self._accumulate)
         self._step += 1
         last = self._step % accumulation == 0
         if last:
-            if self._ptx_stream is None:
-                self._sums["grad_norm/policy"] = self._norm(self._policy_parameters)
-            self._sums["grad_norm/value"] = self._norm(self._value_parameters)
-            self.stop_unless_finite(loss, "the loss")
-            if self.accelerator.scaler is None:  # a gradient scaler skips steps of infinite gradients by itself
-                for name, whose in _GRADIENTS.items():
-                    if name in self._sums:
-                        self.stop_unless_finite(torch.tensor(self._sums[name]), f"{whose} gradient")
-            for name, value in self._sums.items():
-                self._metrics["train"][name].append(value)
-            self._sums.clear()
+            self._finish_minibatch(loss)
         self._current_train_step_time += time.perf_counter() - started
         if last:
             self._metrics["train"]["step_time"].append(self._current_train_step_time)
             self._current_train_step_time = 0.0
-        return loss
+        return loss * self.accelerator.num_processes  # Trainer logs the mean over processes, and each has its share
+
+    def _finish_minibatch(self, loss: torch.Tensor) -> None:
+        """Gradients and metrics of all processes together; stop if they are not finite."""
+        self._add_up_processes(loss)
+        if self._ptx_stream is None:
+            self._sums["grad_norm/policy"] = self._norm(self._policy_parameters)
+        else:
+            self._sums["grad_norm/policy"] = self._norm(self._policy_part)
+            # A difference at a time: those of all weights are as large as the model
+            added = [
+                _norm_of_difference(p.grad, self._policy_part[name]) for name, p in self._policy_parameters.items()
+            ]
+            self._sums["grad_norm/ptx"] = self._norm(dict(enumerate(added)))
+            self._policy_part = {}
+        self._sums["grad_norm/value"] = self._norm(self._value_parameters)
+        self.stop_unless_finite(loss, "the loss")
+        if self.accelerator.scaler is None:  # a gradient scaler skips steps of infinite gradients by itself
+            for name, whose in _GRADIENTS.items():
+                if name in self._sums:
+                    self.stop_unless_finite(torch.tensor(self._sums[name]), f"{whose} gradient")
+        for name, value in self._sums.items():
+            self._metrics["train"][name].append(value)
+        self._sums.clear()
+
+    def _add_up_processes(self, loss: torch.Tensor) -> None:
+        if self.accelerator.num_processes == 1:
+            return
+        for parameter in self._trained():  # of experts that nobody asked in one process, say
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        part = [grad for grad in self._policy_part.values() if grad is not None]
+        sums = torch.tensor([loss.item(), *self._sums.values()], device=loss.device)
+        sum_over_all(self.accelerator, [*(p.grad for p in self._trained()), *part, sums])
+        whole, *found = sums.tolist()
+        self._sums.update(zip(self._sums, found, strict=True))
+        self.stop_unless_finite(torch.tensor(whole), "the loss")
 
     def _accumulate(self, rows: int) -> torch.Tensor:
         """
@@ -477,10 +520,9 @@ class PPOTrainer(ExactResume, RLOOTrainer):
         if done == 0 or rows != self._begun:
             self._begun, todo = rows, list(range(done + 1))
             self._sums.clear()
-            for parameter in (*self._policy_parameters.values(), *self._value_parameters.values()):
+            for parameter in self._trained():
                 parameter.grad = None
-        minibatch = self._rows_of(start, accumulation)
-        tokens = self._episodes["mask"][minibatch].sum().clamp(min=1)
+        tokens = self._minibatch_tokens
         for micro_batch in todo:
             loss = torch.zeros((), device=tokens.device)
             for some in self._rows_of(start + micro_batch, 1).split(rows):
@@ -488,7 +530,8 @@ class PPOTrainer(ExactResume, RLOOTrainer):
                 share = batch["mask"].sum() / tokens
                 loss = loss + self._policy_backward(batch, share) + self._value_backward(batch, share)
         if done == accumulation - 1 and self._ptx_stream is not None:
-            loss = loss + self._ptx_backward(len(minibatch) * self.args.ptx_ratio, rows)
+            count = self.args.per_device_train_batch_size * accumulation * self.args.ptx_ratio
+            loss = loss + self._ptx_backward(count, rows)
         return loss
 
     def _policy_backward(self, batch: Episodes, share: torch.Tensor) -> torch.Tensor:
@@ -520,10 +563,13 @@ class PPOTrainer(ExactResume, RLOOTrainer):
         return self.args.vf_coef * loss.detach()
 
     def _ptx_backward(self, count: int, size: int) -> torch.Tensor:
-        """`ptx_coef` times the mean loss a token over `count` pretraining blocks, `size` at a time."""
-        policy = {name: None if p.grad is None else p.grad.clone() for name, p in self._policy_parameters.items()}
-        blocks = self._ptx_stream.take(self.state.global_step * count, count)
+        """`ptx_coef` times the mean loss a token over `count` pretraining blocks a process, `size` at a time."""
+        grads = {name: p.grad for name, p in self._policy_parameters.items()}
+        self._policy_part = {name: None if grad is None else grad.clone() for name, grad in grads.items()}
+        in_all = count * self.accelerator.num_processes
+        blocks = self._ptx_stream.take(self.state.global_step * in_all, in_all)
         tokens = sum(len(block) - 1 for block in blocks)
+        blocks = blocks[self.accelerator.process_index * count :][:count]
         total = torch.zeros((), device=self.accelerator.device)
         with self.roles.policy.active():
             for start in range(0, count, size):
@@ -534,10 +580,6 @@ class PPOTrainer(ExactResume, RLOOTrainer):
                 self.accelerator.backward(self.args.ptx_coef * loss)
                 total += loss.detach()
         self._add("loss/ptx", total)
-        self._sums["grad_norm/policy"] = self._norm(policy)
-        # A difference at a time: those of all weights are as large as the model
-        added = [_norm_of_difference(p.grad, policy[name]) for name, p in self._policy_parameters.items()]
-        self._sums["grad_norm/ptx"] = self._norm(dict(enumerate(added)))
         return self.args.ptx_coef * total
 
     def _clip_grad_norm(self, model) -> torch.Tensor:
@@ -552,7 +594,7 @@ class PPOTrainer(ExactResume, RLOOTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """As the parent's, on completions sampled from the config's seed each time; the caller's generators go on."""
         with preserved_rng():
-            set_seed(self.args.seed)
+            set_seed(self.args.seed, device_specific=True)
             self._evaluated = metric_key_prefix.removeprefix("eval").removeprefix("_")
             if not isinstance(eval_dataset, str):
                 eval_dataset = _each(_each(eval_dataset, check_prompts), self._short)
@@ -615,26 +657,34 @@ class PPOTrainer(ExactResume, RLOOTrainer):
         if self.roles.reference is None:
             kl = None
             del per_row["objective/kl"]
-        for name, column in (per_row | {f"rewards/{name}/mean": x for name, x in of_functions.items()}).items():
-            metrics[name].extend(column.tolist())  # the parent's mean over entries is the mean over completions
+        where = {"step": self.state.global_step}
+        if mode == "eval" and self._evaluated:
+            where["dataset"] = self._evaluated
+        columns = per_row | {f"rewards/{name}/mean": x for name, x in of_functions.items()}
+        columns = zip(*(column.tolist() for column in (*columns.values(), advantages.sum(1))), strict=True)
+        lines = completion_rows(where, rows, scores, kl, of_functions)
+        tokens = [torch.stack([r[m], v[m]]).cpu() for r, v, m in zip(returns, values, mask, strict=True)]
+        own = list(zip(columns, lines, tokens, strict=True))
+        columns, lines, tokens = zip(*of_all(self.accelerator, own, self.model.training), strict=True)
+        *columns, summed = zip(*columns, strict=True)
+        names = [*per_row, *(f"rewards/{name}/mean" for name in of_functions)]
+        for name, column in zip(names, columns, strict=True):
+            metrics[name].extend(column)  # the parent's mean over entries is the mean over completions
         metrics["objective/kl_coef"].append(self.kl_coef)
-        self._tokens[mode].append(torch.stack([returns[mask], values[mask]]).cpu())
+        self._tokens[mode].extend(tokens)
         for name, numbers in self._pending_metrics.items():  # what reward functions gave to `log_metric`
-            metrics[name].extend(numbers)
+            metrics[name].extend(gather_object(numbers))
         self._pending_metrics.clear()
-        self._logs["prompt"].extend(row["prompt"] for row in rows)
-        self._logs["completion"].extend(row["completion"] for row in rows)
-        self._logs["advantages"].extend(advantages.sum(1).tolist())
-        for name, column in of_functions.items():
-            self._logs["rewards"][name].extend(column.tolist())
+        self._logs["prompt"].extend(line["prompt"] for line in lines)
+        self._logs["completion"].extend(line["completion"] for line in lines)
+        self._logs["advantages"].extend(summed)
+        for name, column in zip(of_functions, columns[len(per_row) :], strict=True):
+            self._logs["rewards"][name].extend(column)
         for name, column in self._pending_extra_logs.items():  # and to `log_extra`
-            self._logs["extra"][name].extend(column)
+            self._logs["extra"][name].extend(gather_object(column))
         self._pending_extra_logs.clear()
-        if self.args.save_completions:
-            where = {"step": self.state.global_step}
-            if mode == "eval" and self._evaluated:
-                where["dataset"] = self._evaluated
-            self._files[mode].append(completion_rows(where, rows, scores, kl, of_functions))
+        if self.args.save_completions and self.is_world_process_zero():
+            self._files[mode].append(lines)
 
     def _log_spread(self, mode: str) -> None:
         """What is not a mean: these two are of all completions since the last log, not means over batches."""
@@ -647,8 +697,11 @@ class PPOTrainer(ExactResume, RLOOTrainer):
 
     def _adapt_kl_coef(self, kl: torch.Tensor) -> None:
         """[L] AdaptiveKLController: raise `beta` while the KL is over its target, lower it while it is under."""
+        if self.args.kl_target is None or not self.model.training:
+            return
+        kl = torch.cat(gather_object([kl.cpu()]))
         kl = kl[~kl.isnan()]
-        if self.args.kl_target is not None and self.model.training and len(kl):
+        if len(kl):
             error = max(-0.2, min(0.2, kl.mean().item() / self.args.kl_target - 1))
             self.kl_coef *= 1 + error * len(kl) / self.args.kl_horizon
 
@@ -744,7 +797,7 @@ class _StepCallback(TrainerCallback):
                 f"step {state.global_step} is inside a rollout of {self.trainer._steps_per_update} steps, which is "
                 f"not in the checkpoint or of another size: its completions are sampled anew"
             )
-        if args.save_completions:
+        if args.save_completions and self.trainer.is_world_process_zero():
             step = state.global_step
             self.trainer._files["train"].start(step)
             # An evaluation may come before the training, and comes before the checkpoint of its step

@@ -27,6 +27,7 @@ from .models.reward_folder import forget_reward_config, read_reward_config
 from .models.reward_model import RewardModel
 from .models.reward_network import adapter_base, head_of, load_reward_network, pool_by_length, scalar_config
 from .models.sharing import attention_length, network_inputs
+from .processes import check_launch
 from .reward_config import RewardConfig
 from .reward_metrics import STATS, metrics_of, prompt_stats
 
@@ -100,6 +101,7 @@ class RewardTrainer(ExactResume, trl.RewardTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
             args = RewardConfig(f"{Path(name).name}-Reward")
+        check_launch(args)
         check_output_dir(args.output_dir)
         train_dataset, eval_dataset = _check_early(train_dataset, eval_dataset)
         if demonstration_dataset is not None:
@@ -230,7 +232,9 @@ class RewardTrainer(ExactResume, trl.RewardTrainer):
         loss = ranking_loss(scores, ranks, sizes)
         if self.args.center_rewards_coefficient is not None:
             loss = loss + self.args.center_rewards_coefficient * _centering(scores, ranks, sizes)
-        self._note(prompt_stats(scores.detach(), ranks, sizes, inputs["tokens"], inputs["shortened"]))
+        stats = prompt_stats(scores.detach(), ranks, sizes, inputs["tokens"], inputs["shortened"])
+        # In the rows' order, of which the last may be there twice in an evaluation
+        self._note(stats[inputs["places"].argsort()] if "places" in inputs else stats)
         return (loss, outputs) if return_outputs else loss
 
     def _note(self, stats: Tensor) -> None:

@@ -41,6 +41,7 @@ from .models.guards import stop_unless_finite
 from .models.limits import freed_memory_reused
 from .models.loading import context_length, float32_adapters, is_adapter, keep_gradients, load_policy
 from .models.lora import fuse_lora, without_casts
+from .processes import check_launch
 from .sft_config import SFTConfig
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
         prompt_dataset: Rows | None = None,
     ):
         args = _as_sft_config(args, model)
+        check_launch(args)
         check_output_dir(args.output_dir)
         train_dataset = _checked(train_dataset, "train_dataset", args, formatting_func)
         eval_dataset = _checked(eval_dataset, "eval_dataset", args, formatting_func)

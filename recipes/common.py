@@ -259,8 +259,9 @@ def watched_memory(config: TrainingArguments, model: ModelConfig, **sizes: Any) 
     lengths among them, the longest row is `max_length`, all of it as if it were a completion.
     """
 
-    def say(text: str) -> None:  # where progress bars go
-        print("memory:", text, file=sys.stderr, flush=True)
+    def say(text: str) -> None:  # where progress bars go; of several processes the first
+        if config.process_index == 0:
+            print("memory:", text, file=sys.stderr, flush=True)
 
     gpu = torch.cuda.is_available()
     try:

@@ -369,7 +369,7 @@ def test_generation_that_would_change_the_shared_base_is_refused(folders, tmp_pa
 
 def test_several_gpus_in_one_process_are_refused(folders, tmp_path, prompts, monkeypatch):
     monkeypatch.setattr(PPOConfig, "n_gpu", 2)
-    with pytest.raises(InputError, match="on one GPU, got 1 processes with 2 GPUs each; .*CUDA_VISIBLE_DEVICES=0"):
+    with pytest.raises(InputError, match="on one GPU, got 2; .*CUDA_VISIBLE_DEVICES=0"):
         with_function(folders.base, tmp_path, prompts)
 
 

@@ -50,7 +50,7 @@ class DataCollatorForRanking:
     Returns:
         `dict` of `input_ids`, `attention_mask` (N, L), or what [`share_prompts`] returns; `ranks` (N,); `group_sizes`,
         a list of B ints, each prompt's K; `shortened`, `tokens` (B,), completions taken out of each ranking and tokens
-        of its texts. A batch that shares prompts may have them in another order than the rows.
+        of its texts; `places` (B,), which row each prompt was: a batch that shares them may have another order.
 
     Example:
 
@@ -64,7 +64,8 @@ class DataCollatorForRanking:
      'ranks': tensor([1, 2]),
      'group_sizes': [2],
      'shortened': tensor([0]),
-     'tokens': tensor([5])}
+     'tokens': tensor([5]),
+     'places': tensor([0])}
     ```
     """
 
@@ -77,16 +78,16 @@ class DataCollatorForRanking:
         length = max(map(len, texts))
         if self.pad_to_multiple_of:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        batch = None
+        batch, order = None, range(len(rows))
         if self.attention_length is not None:
-            shared, order = share_prompts(
+            shared, packed = share_prompts(
                 [row["prompt_ids"] for row in rows],
                 [row["completions_ids"] for row in rows],
                 self.pad_token_id,
                 self.pad_to_multiple_of,
             )
             if self._operations(*shared["input_ids"].shape) < self._operations(len(texts), length):
-                batch, rows = shared, [rows[index] for index in order]
+                batch, order, rows = shared, packed, [rows[index] for index in packed]
         return {
             **(batch or self._separate(texts, length)),
             "ranks": torch.tensor([rank for row in rows for rank in row["ranks"]]),
@@ -95,6 +96,7 @@ class DataCollatorForRanking:
             "tokens": torch.tensor(
                 [sum(len(row["prompt_ids"] + ids) for ids in row["completions_ids"]) for row in rows]
             ),
+            "places": torch.tensor(list(order)),
         }
 
     def _operations(self, rows: int, length: int) -> float:

@@ -25,16 +25,23 @@ STEPS = 8
 _TIMES = ("_runtime", "_per_second", "step_time", "_flos")
 
 
+KINDS = ("lora", "full")
+
+
 class World:
-    """A base, an SFT adapter and reward models in a folder, and rows."""
+    """A base, an SFT adapter and reward models in a folder, made if they are not there, and rows."""
 
     def __init__(self, folder: Path):
-        self.base = str(folder / "base")
-        make_llama().save_pretrained(self.base)
-        make_tokenizer().save_pretrained(self.base)
-        self.sft = save_sft_adapter(self.base, str(folder / "sft"))
-        self.reward = {kind: save_reward_model(self.base, str(folder / kind), kind == "lora") for kind in KINDS}
-        words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+        self.base, self.sft = str(folder / "base"), str(folder / "sft")
+        self.reward = {kind: str(folder / kind) for kind in KINDS}
+        if not Path(self.base).is_dir():
+            make_llama().save_pretrained(self.base)
+            make_tokenizer().save_pretrained(self.base)
+            save_sft_adapter(self.base, self.sft)
+            for kind, path in self.reward.items():
+                save_reward_model(self.base, path, kind == "lora")
+        # Twelve, with four blocks of text sixteen: epochs of whole minibatches, in one process or in two
+        words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
         self.demonstrations = Dataset.from_list([{"prompt": f"say {w}: ", "completion": f"{w} {w}"} for w in words])
         self.texts = Dataset.from_list([{"text": f"plain text number {i} of the corpus"} for i in range(64)])
         self.prompts = Dataset.from_list([{"prompt": f"prompt {i}{'.' * i}"} for i in range(10)])
@@ -67,33 +74,28 @@ class World:
             gradient_accumulation_steps=2,
             gradient_checkpointing=False,
         )
-        shared |= settings
         peft = lora() if kind == "lora" else None
         if stage == "sft":
-            best = dict(metric_for_best_model="loss", load_best_model_at_end=True, eval_steps=1)
-            own = dict(residual_dropout=0.2, pretraining_fraction=0.3, max_length=32)
-            args = SFTConfig(str(folder), **{**shared, **best, **own})
+            shared |= dict(metric_for_best_model="loss", load_best_model_at_end=True, eval_steps=1)
+            shared |= dict(residual_dropout=0.2, pretraining_fraction=0.25, max_length=32)
             own = dict(train_dataset=self.demonstrations, pretraining_dataset=self.texts)
             own |= dict(eval_dataset=self.demonstrations, callbacks=[EarlyStoppingCallback(5)])
-            return SFTTrainer(self.base, args, peft_config=peft, **own)
+            return SFTTrainer(self.base, SFTConfig(str(folder), **{**shared, **settings}), peft_config=peft, **own)
         if stage == "reward":
-            args = RewardConfig(str(folder), **shared)
             own = dict(train_dataset=self.rankings, eval_dataset=self.rankings)
             own |= dict(demonstration_dataset=self.demonstrations)
+            args = RewardConfig(str(folder), **{**shared, **settings})
             return RewardTrainer(self.base, args, peft_config=peft, **own)
         shared |= dict(per_device_train_batch_size=1, value_learning_rate=0.01, warmup_updates=3, ptx_ratio=1)
-        args = ppo_config(folder, kl_target=0.05, kl_horizon=20, num_iterations=2, save_completions=True, **shared)
+        shared |= dict(kl_target=0.05, kl_horizon=20, num_iterations=2, save_completions=True)
         return PPOTrainer(
             self.sft if kind == "lora" else self.base,
             reward_model=self.reward[kind],
-            args=args,
+            args=ppo_config(folder, **{**shared, **settings}),
             train_dataset=self.prompts,
             eval_dataset=self.prompts.select(range(3)),
             ptx_dataset=self.texts,
         )
-
-
-KINDS = ("lora", "full")
 
 
 def result_of(folder: Path) -> dict[str, Any]:
