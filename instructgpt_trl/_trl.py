@@ -58,7 +58,15 @@ RESUME = (
 # (class, method): overridden in our subclass, or called although it is private
 OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "SFTConfig": ("__post_init__",),
-    "SFTTrainer": ("__init__", "train", "training_step", "evaluate", "evaluation_loop", "_prepare_dataset", *RESUME),
+    "SFTTrainer": (
+        "__init__",
+        "train",
+        "training_step",
+        "evaluate",
+        "evaluation_loop",
+        "_prepare_dataset",
+        *RESUME,
+    ),
     "RewardConfig": ("__post_init__",),
     "RewardTrainer": (
         "__init__",

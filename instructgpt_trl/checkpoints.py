@@ -20,10 +20,11 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 
 from .data import InputError, check_tokenizers
+from .models.guards import NotFinite, first_not_finite
 from .models.loading import load_tokenizer
 
 logger = logging.get_logger(__name__)
@@ -125,21 +126,27 @@ class ExactResume:
     """
 
     _unfinished: str | None = None  # folder that a checkpoint is being written into
+    _counted = (-1, 0)  # optimizer step, and micro-batches of it
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if self.args.should_save:
             shutil.rmtree(Path(self.args.output_dir, UNFINISHED), ignore_errors=True)
         self._data = {name: _digest(dataset) for name, dataset in self._datasets().items()}
-        if not resume_from_checkpoint:
-            return super().train(None, *args, **kwargs)
+        folder = None
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
+            folder = last_checkpoint(self.args.output_dir)
+            if folder is None:
                 raise InputError(f"no whole checkpoint is in {self.args.output_dir}; start without resuming")
-        folder = Path(check_checkpoint(resume_from_checkpoint))
-        self._check_run(folder)
-        self._load_progress(folder)
-        return super().train(str(folder), *args, **kwargs)
+        elif resume_from_checkpoint:
+            folder = resume_from_checkpoint
+        if folder is not None:
+            folder = check_checkpoint(folder)
+            self._check_run(Path(folder))
+            self._load_progress(Path(folder))
+        try:
+            return super().train(folder, *args, **kwargs)
+        except NotFinite as error:
+            raise NotFinite(f"{error}; {self._keep_what_is_good()}") from error
 
     def _datasets(self) -> dict[str, Any]:
         return {"train_dataset": self.train_dataset}
@@ -164,6 +171,27 @@ class ExactResume:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+    def _keep_what_is_good(self) -> str:
+        """The weights before a step that failed, as a checkpoint; where they are, in words."""
+        whole = last_checkpoint(self.args.output_dir)
+        there = f"the last checkpoint is {whole}" if whole else "there is no checkpoint"
+        step = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        trained = ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
+        if whole == str(step) or self.args.save_strategy == "no" or self.state.global_step == 0:
+            return there
+        if self.accelerator.num_processes > 1:  # which may not have failed all together
+            return there
+        if name := first_not_finite(trained):
+            return f"{name} is not finite either, so nothing was saved; {there}"
+        self._save_checkpoint(self.model, None)
+        return f"the weights before this step are in {step}"
+
+    def _micro_batch(self) -> int:
+        """Number of this call of `training_step` in its optimizer step, from 0."""
+        step, number = self._counted
+        self._counted = (self.state.global_step, number + 1 if step == self.state.global_step else 0)
+        return self._counted[1]
 
     # Writing
 
@@ -210,8 +238,7 @@ class ExactResume:
             os.rename(run / name, run / UNFINISHED / "replaced")
         os.rename(folder, run / name)
         _flush_folder(run)
-        shutil.rmtree(run / UNFINISHED, ignore_errors=True)
-        rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        _rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     # Going on
 
@@ -244,6 +271,19 @@ class ExactResume:
             differences.append(f"{now['processes']} processes and not {then['processes']}")
         if differences:
             logger.warning(f"{folder}: this is not exactly the run that was stopped: {'; '.join(differences)}")
+
+
+def _rotate(run: Path, limit: int | None, best: str | None) -> None:
+    """
+    transformers' `rotate_checkpoints`, which deletes where they stand: a run that is killed meanwhile would leave
+    half a one.
+    """
+    found = sort_checkpoints(str(run), use_mtime=True)
+    kept = {found[-1], str(Path(best))} if best else {found[-1]}
+    too_many = len(found) - max(limit, len(kept)) if limit and limit > 0 else 0
+    for folder in [folder for folder in found if folder not in kept][: max(too_many, 0)]:
+        os.rename(folder, run / UNFINISHED / f"old-{Path(folder).name}")
+    shutil.rmtree(run / UNFINISHED, ignore_errors=True)
 
 
 def _difference(key: str, then: dict[str, Any], now: dict[str, Any], name: str) -> str:

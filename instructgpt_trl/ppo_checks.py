@@ -8,6 +8,9 @@ from .data import InputError
 from .models.rewards import is_model
 from .ppo_config import PPOConfig
 
+FIRST_KL = 1e-2  # nats a completion; 0 but for the rounding of kernels that add in another order each time
+FIRST_CHANGE = 0.1  # nats a token: bfloat16 rounds a log-prob of 8 by 0.03
+
 
 def check_arguments(model, args, rewards, train_dataset, processing_class, optimizers) -> None:
     if not isinstance(model, str | torch.nn.Module):
@@ -37,7 +40,8 @@ def check_process(args: PPOConfig, rewards: int) -> None:
         )
     if args.distributed_state is not None and args.distributed_state.distributed_type in ("DEEPSPEED", "FSDP"):
         raise InputError(
-            f"PPOTrainer adds up gradients itself and does not run under {args.distributed_state.distributed_type}; "
+            f"PPOTrainer adds up gradients itself and does not run under "
+            f"{args.distributed_state.distributed_type.value}; "
             f"launch with accelerate launch --multi_gpu, or plain python"
         )
     weights = args.reward_weights
@@ -60,6 +64,26 @@ def check_generation(args: PPOConfig, has_adapters: bool) -> None:
         raise InputError(
             "use_transformers_continuous_batching: TRL casts the whole policy for it, and adapters stay float32 here; "
             "leave it out, or set bf16 and fp16 to false"
+        )
+
+
+def check_first_kl(kl: torch.Tensor) -> None:
+    """Pitfall 2: before the first step the policy is its reference. (B,) KL of completions, nats; NaN is left out."""
+    worst = kl.abs().nan_to_num(0.0).max().item()
+    if worst > FIRST_KL:
+        raise InputError(
+            f"before the first step a completion's KL to the reference is {worst:.4f} nats and not 0, so that the "
+            f"policy is not the model it starts from: pass the SFT model as `model`, with its adapter as it was saved"
+        )
+
+
+def check_first_ratio(change: torch.Tensor) -> None:
+    """Pitfall 3: log-probs of the first pass of training are those of the rollout. Differences a token, nats."""
+    worst = change.abs().max().item() if change.numel() else 0.0
+    if worst > FIRST_CHANGE:
+        raise InputError(
+            f"before the first step the log-prob of a token changed by {worst:.4f} nats between rollout and training, "
+            f"so that the ratio is not 1: set disable_dropout to true, and use a model without noise of its own"
         )
 
 

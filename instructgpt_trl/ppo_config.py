@@ -57,6 +57,9 @@ class PPOConfig(RLOOConfig):
         save_completions (`bool`, *optional*, defaults to `True`):
             Append every completion with its score and KL to `completions.jsonl` in the output folder, those of
             evaluations to `eval_completions.jsonl`.
+        alarms (`str`, *optional*, defaults to `"warn"`):
+            What happens when a metric says that the run goes wrong ([`instructgpt_trl.alarms`]): "warn" says so once,
+            with cause and setting to try, "stop" also ends the run behind that step, "none" looks at nothing.
 
     Changed defaults: `beta=0.02` [P], `num_generations=1` [P], `max_completion_length=1024` [P],
     `learning_rate=8.05e-6` (the highest that was stable without pretraining gradients [P C.4]),
@@ -94,6 +97,10 @@ class PPOConfig(RLOOConfig):
     kl_horizon: int = field(default=10_000, metadata={"help": "Episodes over which an adaptive beta reacts."})
     generation_micro_batch_size: int | None = field(default=None, metadata={"help": "Completions sampled at a time."})
     save_completions: bool = field(default=True, metadata={"help": "Write completions.jsonl, eval_completions.jsonl."})
+    alarms: str = field(
+        default="warn",
+        metadata={"help": "When metrics go wrong: none, warn or stop.", "choices": ["none", "warn", "stop"]},
+    )
 
     def __post_init__(self):
         precision(self)
@@ -107,6 +114,8 @@ class PPOConfig(RLOOConfig):
         self._check_neutral_sampling()
 
     def _check_ranges(self) -> None:
+        if self.alarms not in ("none", "warn", "stop"):
+            raise InputError(f"alarms={self.alarms!r}: expected 'none', 'warn' or 'stop'")
         for name in ("gamma", "lam", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}={getattr(self, name)}: expected a number from 0 to 1")

@@ -27,7 +27,9 @@ from transformers import (
 from transformers.utils import logging
 from trl import RLOOTrainer
 
+from . import alarms
 from ._trl import add_fused_lm_head, cache_with_room, get_config_model_id, preserved_rng, sampled_by_cdf
+from .alarms import AlarmCallback
 from .checkpoints import ExactResume, of_process
 from .data import InputError, check_output_dir, check_rows, check_tokenizers, encode_prompt
 from .data.completions import CompletionsFile
@@ -37,7 +39,7 @@ from .data.pretraining import PretrainingStream, as_episodes
 from .data.prompt_datasets import check_prompts, drop_long_prompts
 from .functional import gae, policy_loss, token_rewards, value_loss
 from .models.ema import EMA
-from .models.guards import stop_unless_finite
+from .models.guards import first_not_finite, stop_unless_finite
 from .models.limits import RowLimit, freed_memory_reused
 from .models.loading import (
     context_length,
@@ -48,6 +50,7 @@ from .models.loading import (
     warn_beyond_context,
 )
 from .models.lora import merged_lora
+from .models.reward_examples import read_examples
 from .models.reward_parts import reward_parts
 from .models.rewards import ModelReward, all_rewards, finite_reward, is_model
 from .models.roles import (
@@ -58,7 +61,15 @@ from .models.roles import (
     load_parameters,
     save_parameters,
 )
-from .ppo_checks import check_arguments, check_batches, check_generation, check_process, too_small
+from .ppo_checks import (
+    check_arguments,
+    check_batches,
+    check_first_kl,
+    check_first_ratio,
+    check_generation,
+    check_process,
+    too_small,
+)
 from .ppo_config import PPOConfig
 from .ppo_metrics import completion_rows, explained_variance, per_completion, spread
 from .processes import check_launch, of_all, same_in_all, sum_over_all, whiten_over_all
@@ -235,6 +246,7 @@ class PPOTrainer(ExactResume, RLOOTrainer):
         from_models = [function for function in self.reward_funcs if isinstance(function, ModelReward)]
         for function, role in zip(from_models, self.roles.rewards, strict=True):
             function.role = role
+        self._reward_paths = [part.path for part in parts]
         for role in self.roles:
             if role.network is not self.model and not getattr(role.model, "is_quantized", False):
                 role.network.to(self.accelerator.device)
@@ -259,6 +271,7 @@ class PPOTrainer(ExactResume, RLOOTrainer):
     def _set_up_state(self, ptx_dataset: Dataset | None) -> None:
         args = self.args
         self.kl_coef = self.beta
+        self._trainings = 0
         self.ema = EMA(self._policy_parameters, args.ema_decay) if args.ema_decay else None
         self._episodes: Episodes | None = None
         self._order: torch.Tensor | None = None
@@ -288,6 +301,7 @@ class PPOTrainer(ExactResume, RLOOTrainer):
             self._ptx_model = copy.copy(model)
             add_fused_lm_head(self._ptx_model, temperature=1.0)
         self.add_callback(_StepCallback(self))
+        self.add_callback(AlarmCallback(alarms.PPO, args.alarms))
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """One optimizer, two rates: `learning_rate` for the policy, `value_learning_rate` for the value model."""
@@ -336,8 +350,27 @@ class PPOTrainer(ExactResume, RLOOTrainer):
         count = self.args.per_device_train_batch_size * self.args.steps_per_generation
         return self._spends_memory and self._limits["train"].rows >= count
 
+    @property
+    def _is_at_start(self) -> bool:
+        """Whether nothing has been trained yet."""
+        return self._trainings == 1 and self.model.training and self.state.global_step == 0 == self._step
+
+    @torch.no_grad()
+    def _check_rewards(self) -> None:
+        """Pitfall 7: reward models on this base give their own examples the scores that they were saved with."""
+        from_models = [function for function in self.reward_funcs if isinstance(function, ModelReward)]
+        for part, function in zip(self._reward_paths, from_models, strict=True):
+            examples = read_examples(part) if part else None
+            if examples is not None:
+                exact = not (self.args.bf16 or self.args.fp16) and all(
+                    p.dtype == torch.float32 for p in function.role.network.parameters()
+                )
+                examples.check(function(examples.prompt_ids, examples.completion_ids), exact, part)
+
     def train(self, *args, **kwargs):
-        """As the parent's, from the seed of the config, whatever ran before."""
+        """As the parent's, from the seed of the config, whatever ran before, once start-up checks have passed."""
+        self._check_rewards()
+        self._trainings += 1
         set_seed(self.args.seed, device_specific=True)
         with freed_memory_reused():
             output = super().train(*args, **kwargs)
@@ -368,6 +401,8 @@ class PPOTrainer(ExactResume, RLOOTrainer):
         advantages, returns = gae(rewards, values, episodes["mask"], self.args.gamma, self.args.lam)
         kl = torch.where(episodes["mask"], logprobs - ref_logprobs, 0.0).sum(1)
         kl[~episodes["mask"].any(1)] = torch.nan  # nothing of it counts
+        if self._is_at_start:
+            check_first_kl(kl)
         self._log_rollout(episodes, rows, entropies, kl, scores, score_parts, values, returns, advantages)
         self._adapt_kl_coef(kl)
         if self.args.normalize_advantages:
@@ -460,6 +495,7 @@ class PPOTrainer(ExactResume, RLOOTrainer):
             tokens = self._episodes["mask"][self._rows_of(self._step % self.args.steps_per_generation, accumulation)]
             self._minibatch_tokens = self.accelerator.reduce(tokens.sum(), "sum").clamp(min=1)
         loss = self._limits["train"].run(self._accumulate)
+        self.stop_unless_finite(loss, f"the loss of micro-batch {self._step % accumulation}")
         self._step += 1
         last = self._step % accumulation == 0
         if last:
@@ -484,11 +520,13 @@ class PPOTrainer(ExactResume, RLOOTrainer):
             self._sums["grad_norm/ptx"] = self._norm(dict(enumerate(added)))
             self._policy_part = {}
         self._sums["grad_norm/value"] = self._norm(self._value_parameters)
-        self.stop_unless_finite(loss, "the loss")
         if self.accelerator.scaler is None:  # a gradient scaler skips steps of infinite gradients by itself
             for name, whose in _GRADIENTS.items():
-                if name in self._sums:
-                    self.stop_unless_finite(torch.tensor(self._sums[name]), f"{whose} gradient")
+                norm = torch.tensor(self._sums.get(name, 0.0))
+                if not norm.isfinite():
+                    trained = self._value_parameters if name.endswith("value") else self._policy_parameters
+                    first = first_not_finite((key, parameter.grad) for key, parameter in trained.items())
+                    self.stop_unless_finite(norm, f"{whose} gradient of {first or 'all together'}")
         for name, value in self._sums.items():
             self._metrics["train"][name].append(value)
         self._sums.clear()
@@ -541,6 +579,8 @@ class PPOTrainer(ExactResume, RLOOTrainer):
             loss = policy_loss(logprobs, old, batch["advantages"], mask, epsilon) * share
             self.accelerator.backward(loss)
         change = (logprobs.detach() - old)[mask]
+        if self._is_at_start and self.args.disable_dropout:
+            check_first_ratio(change)
         ratio, advantages = change.exp(), batch["advantages"][mask]
         clipped = torch.where(advantages > 0, ratio > 1 + epsilon, ratio < 1 - epsilon)
         self._add("loss/policy", loss)

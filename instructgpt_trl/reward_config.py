@@ -37,6 +37,9 @@ class RewardConfig(trl.RewardConfig):
             Encode a prompt once for all its completions: "auto" where the network gives the same scores so, which is
             checked at the start, and where it takes fewer operations; "on" refuses other networks; "off" encodes each
             completion behind a prompt of its own, as TRL does.
+        alarms (`str`, *optional*, defaults to `"warn"`):
+            What happens when a metric says that the run goes wrong ([`instructgpt_trl.alarms`]): "warn" says so once,
+            with cause and setting to try, "stop" also ends the run behind that step, "none" looks at nothing.
 
         > Same default, more meaning
 
@@ -75,7 +78,14 @@ class RewardConfig(trl.RewardConfig):
         },
     )
 
+    alarms: str = field(
+        default="warn",
+        metadata={"help": "When metrics go wrong: none, warn or stop.", "choices": ["none", "warn", "stop"]},
+    )
+
     def __post_init__(self):
+        if self.alarms not in ("none", "warn", "stop"):
+            raise InputError(f"alarms={self.alarms!r}: expected 'none', 'warn' or 'stop'")
         if self.prefix_sharing not in ("auto", "on", "off"):
             raise InputError(f"prefix_sharing={self.prefix_sharing!r}: expected 'auto', 'on' or 'off'")
         is_default = SchedulerType(self.lr_scheduler_type) == SchedulerType.COSINE_WITH_MIN_LR

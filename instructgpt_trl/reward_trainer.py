@@ -13,17 +13,20 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from . import alarms
 from ._trl import preserved_rng
+from .alarms import AlarmCallback
 from .checkpoints import ExactResume
 from .data import InputError, check_output_dir, check_rows
 from .data.formats import by_prompt, split_by_length
 from .data.rankings import DataCollatorForRanking, check_rankings, prepare_rankings
 from .functional import _untied_pairs, ranking_loss
-from .models.guards import stop_unless_finite
+from .models.guards import stop_unless_finite, stop_unless_gradients_finite
 from .models.limits import freed_memory_reused
 from .models.loading import float32_adapters, is_adapter, keep_gradients, load_tokenizer
 from .models.lora import fuse_lora, without_casts
-from .models.reward_folder import forget_reward_config, read_reward_config
+from .models.reward_examples import COUNT, RewardExamples
+from .models.reward_folder import forget_reward_config, quantized_by, read_reward_config
 from .models.reward_model import RewardModel
 from .models.reward_network import adapter_base, head_of, load_reward_network, pool_by_length, scalar_config
 from .models.sharing import attention_length, network_inputs
@@ -50,9 +53,9 @@ class RewardTrainer(ExactResume, trl.RewardTrainer):
     apart.
 
     Overrides of TRL's `RewardTrainer`: `_prepare_dataset` (rankings), `_set_signature_columns_if_needed`,
-    `compute_loss`, `training_step` (stops at NaN), `log` (metrics over all pairs since the last log, not means of
-    batch means), `train` (seeds; sets the bias at the end), `_save` (`reward_model.json` beside the weights), and
-    those of [`ExactResume`].
+    `compute_loss`, `training_step` (stops at NaN), `log` (metrics over all pairs since the last
+    log, not means of batch means), `train` (seeds; sets the bias at the end), `_save` (`reward_model.json` beside the
+    weights), and those of [`ExactResume`].
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`):
@@ -137,6 +140,7 @@ class RewardTrainer(ExactResume, trl.RewardTrainer):
                     quantization_config=quantization_config,
                     peft_config=scalar_config(peft_config) if isinstance(peft_config, PeftConfig) else peft_config,
                 )
+        self.add_callback(AlarmCallback(alarms.REWARD, getattr(args, "alarms", "warn")))  # TRL's config has none
         keep_gradients(self.model)
         fuse_lora(self.model)
         _keep_float32(self.model, head)
@@ -213,7 +217,11 @@ class RewardTrainer(ExactResume, trl.RewardTrainer):
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         with without_casts(self.model):
             loss = super().training_step(*args, **kwargs)
-        stop_unless_finite(loss, "the loss", self.state.global_step, "look at the rows of this step")
+        what = f"the loss of micro-batch {self._micro_batch()}"
+        stop_unless_finite(loss, what, self.state.global_step, "look at the rows of this step")
+        # The last micro-batch, before clipping; a gradient scaler skips steps of infinite gradients by itself
+        if self.accelerator.sync_gradients and self.accelerator.scaler is None:
+            stop_unless_gradients_finite(self.model, self.state.global_step, "look at the rows of this step")
         return loss
 
     def compute_loss(
@@ -269,6 +277,21 @@ class RewardTrainer(ExactResume, trl.RewardTrainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             self.reward_model.write_config(output_dir)
+            self._write_examples(output_dir)
+
+    def _write_examples(self, output_dir: str) -> None:
+        """Ten demonstrations with their scores, else completions of the rankings, see `models/reward_examples.py`."""
+        if self._demonstrations is not None:
+            prompts, completions = (ids[:COUNT] for ids in self._demonstrations)
+        elif isinstance(self.train_dataset, Dataset) and "completions_ids" in self.train_dataset.column_names:
+            rows = list(self.train_dataset.select(range(min(COUNT, len(self.train_dataset)))))
+            prompts, completions = [row["prompt_ids"] for row in rows], [row["completions_ids"][0] for row in rows]
+        else:
+            return
+        model = self.reward_model.model
+        exact = quantized_by(model) is None and all(p.dtype == torch.float32 for p in model.parameters())
+        scores = self.reward_model.score_ids(prompts, completions).tolist()
+        RewardExamples(prompts, completions, scores, exact).write(output_dir)
 
     def _encode_demonstrations(self, dataset: Dataset | IterableDataset) -> tuple[list[list[int]], list[list[int]]]:
         rows = list(dataset)

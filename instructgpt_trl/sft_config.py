@@ -31,6 +31,9 @@ class SFTConfig(trl.SFTConfig):
         rm_score_max_new_tokens (`int`, *optional*, defaults to `128`):
             Longest completion, in tokens, that is generated to be scored by a `reward_model` at each evaluation. The
             paper's demonstrations have 38 to 88 tokens on average [A.2, Table 8]. Used only with a `reward_model`.
+        alarms (`str`, *optional*, defaults to `"warn"`):
+            What happens when a metric says that the run goes wrong ([`instructgpt_trl.alarms`]): "warn" says so once,
+            with cause and setting to try, "stop" also ends the run behind that step, "none" looks at nothing.
 
         > Other defaults
 
@@ -73,6 +76,11 @@ class SFTConfig(trl.SFTConfig):
         },
     )
 
+    alarms: str = field(
+        default="warn",
+        metadata={"help": "When metrics go wrong: none, warn or stop.", "choices": ["none", "warn", "stop"]},
+    )
+
     learning_rate: float = field(
         default=9.65e-6, metadata={"help": "Peak learning rate of AdamW (InstructGPT C.1, 1.3B and 6B)."}
     )
@@ -100,6 +108,8 @@ class SFTConfig(trl.SFTConfig):
         super().__post_init__()
 
     def _check_fields(self) -> None:
+        if self.alarms not in ("none", "warn", "stop"):
+            raise InputError(f"alarms={self.alarms!r}: expected 'none', 'warn' or 'stop'")
         for name in ("residual_dropout", "pretraining_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: expected a number from 0 to below 1; correct it")

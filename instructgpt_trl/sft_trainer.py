@@ -29,7 +29,9 @@ from transformers.data.data_collator import DataCollator
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 from trl.models import unwrap_model_for_generation
 
+from . import alarms
 from ._trl import get_config_model_id, lm_head_tiles, preserved_rng
+from .alarms import AlarmCallback
 from .checkpoints import ExactResume
 from .data import InputError, check_output_dir, check_rows, check_tokenizers, encode_prompt, pack_texts
 from .data.demonstrations import IMAGES, check_demonstrations, columns_of, cut_report, mix
@@ -37,7 +39,7 @@ from .data.formats import by_prompt, split_by_length
 from .data.rows import Text
 from .models.completions import greedy_completions
 from .models.dropout import residual_dropout, residual_places
-from .models.guards import stop_unless_finite
+from .models.guards import stop_unless_finite, stop_unless_gradients_finite
 from .models.limits import freed_memory_reused
 from .models.loading import context_length, float32_adapters, is_adapter, keep_gradients, load_policy
 from .models.lora import fuse_lora, without_casts
@@ -80,8 +82,8 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
 
     Neutral setting: `residual_dropout=0`, no `pretraining_dataset`, no `reward_model` equals the parent.
 
-    Overrides: `__init__`, `train`, `training_step` (stops at NaN), `evaluate`, `evaluation_loop`, `_prepare_dataset`,
-    and those of [`ExactResume`].
+    Overrides: `__init__`, `train`, `training_step` (stops at NaN), `evaluate`, `evaluation_loop`,
+    `_prepare_dataset`, and those of [`ExactResume`].
 
     Differs from TRL: rows over `max_length` are counted and named; the constructor leaves the caller's random number
     generators alone and `train` seeds; adapters on a quantised base stay float32; without a GPU the LM head works on
@@ -159,6 +161,7 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
         if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
             with float32_adapters(self.model):  # the parent casts a new adapter to bfloat16: back to float32
                 pass
+        self.add_callback(AlarmCallback(alarms.SFT, args.alarms))
         keep_gradients(self.model)
         fuse_lora(self.model)
         if args.residual_dropout:
@@ -183,7 +186,11 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         with lm_head_tiles(self.accelerator.device), without_casts(self.model):
             loss = super().training_step(*args, **kwargs)
-        stop_unless_finite(loss, "the loss", self.state.global_step, "look at the rows of this step")
+        what = f"the loss of micro-batch {self._micro_batch()}"
+        stop_unless_finite(loss, what, self.state.global_step, "look at the rows of this step")
+        # The last micro-batch, before clipping; a gradient scaler skips steps of infinite gradients by itself
+        if self.accelerator.sync_gradients and self.accelerator.scaler is None:
+            stop_unless_gradients_finite(self.model, self.state.global_step, "look at the rows of this step")
         return loss
 
     def evaluate(

@@ -23,7 +23,7 @@ LAYERS = (
     ("data",),
     ("models",),
     ("sft_config", "reward_config", "ppo_config", "memory"),
-    ("checkpoints", "processes", "ppo_checks", "ppo_metrics", "reward_metrics"),
+    ("alarms", "checkpoints", "processes", "ppo_checks", "ppo_metrics", "reward_metrics"),
     ("sft_trainer", "reward_trainer", "ppo_trainer"),
     ("",),  # __init__.py
 )

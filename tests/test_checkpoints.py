@@ -300,4 +300,4 @@ def test_inside_a_save_and_inside_a_rollout():
 @pytest.mark.slow
 def test_at_every_moment_of_every_stage():
     line = killed("--moments")
-    assert line == "46 kills in 54 runs, 54 of which ended as if nobody had killed them"
+    assert line == "52 kills in 60 runs, 60 of which ended as if nobody had killed them"

@@ -42,6 +42,7 @@ DEFAULTS = {
     "restore_callback_states_from_checkpoint": True,  # pitfall 11
     "generation_micro_batch_size": None,  # neutral
     "save_completions": True,  # pitfall 19
+    "alarms": "warn",
 }
 
 

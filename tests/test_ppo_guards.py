@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from conftest import make_llama, make_tokenizer
 from datasets import Dataset
 from peft.tuners.lora import LoraLayer
@@ -25,6 +26,7 @@ from instructgpt_trl import PPOConfig, PPOTrainer
 from instructgpt_trl._trl import ROOM, cache_with_room, sampled_by_cdf
 from instructgpt_trl.data import InputError, as_conversations
 from instructgpt_trl.data.episodes import last_token
+from instructgpt_trl.processes import UNTESTED
 
 CUT = {
     "min_new_tokens": 5,
@@ -250,7 +252,7 @@ def test_pitfall_18_a_gradient_that_is_no_number_stops_the_run_before_the_step(
     hit = next(p for name, p in weights.items() if name.startswith(role) and "layers.0.mlp.down_proj" in name)
     hit.register_hook(lambda grad: grad * float("nan"))
     before = {name: p.detach().clone() for name, p in weights.items()}
-    with pytest.raises(RuntimeError, match=f"step 0: the {role}.*gradient is NaN"):
+    with pytest.raises(RuntimeError, match=f"step 0: the {role}.*gradient of .* is NaN"):
         trainer.train()
     assert_equal({name: p.detach() for name, p in weights.items()}, before)
 
@@ -397,11 +399,13 @@ def test_pitfall_13_rows_given_to_evaluate_are_checked_and_fitted(folders, tmp_p
         trainer.evaluate(Dataset.from_list([{"prompt": "good"}, {"prompt": ""}]))
 
 
-@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
-def test_deepspeed_and_fsdp_are_refused(folders, tmp_path, prompts, kind):
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP])
+def test_deepspeed_and_fsdp_are_refused(folders, tmp_path, monkeypatch, prompts, kind):
+    """Also to those who would try what nobody has tried."""
+    monkeypatch.setenv(UNTESTED, "1")
     args = config(tmp_path)
     args.distributed_state = SimpleNamespace(**{**vars(args.distributed_state), "distributed_type": kind})
-    with pytest.raises(InputError, match=f"does not run under {kind}"):
+    with pytest.raises(InputError, match=f"does not run under {kind.value}"):
         PPOTrainer(folders.base, reward_funcs=mean_id, args=args, train_dataset=prompts)
 
 

@@ -1,11 +1,18 @@
 """Stops for numbers that would spoil a model."""
 
+from collections.abc import Iterable
+
 import torch
+from torch import nn
+
+
+class NotFinite(RuntimeError):
+    """A number that would spoil a model. No weight has moved by it."""
 
 
 def stop_unless_finite(tensor: torch.Tensor, what: str, step: int, hint: str) -> None:
     """
-    Raise `RuntimeError` if `tensor` holds NaN or infinity, with the step and what to do. TRL and Trainer log a NaN
+    Raise [`NotFinite`] if `tensor` holds NaN or infinity, with the step and what to do. TRL and Trainer log a NaN
     loss as 0 and go on.
 
     Args:
@@ -15,6 +22,20 @@ def stop_unless_finite(tensor: torch.Tensor, what: str, step: int, hint: str) ->
         hint (`str`): where to look first.
     """
     if not torch.isfinite(tensor).all():
-        raise RuntimeError(
+        raise NotFinite(
             f"step {step}: {what} is NaN or infinite, so the run stops: {hint}, lower learning_rate, or use float32"
         )
+
+
+def first_not_finite(named: Iterable[tuple[str, torch.Tensor | None]]) -> str | None:
+    """Name of the first tensor with NaN or infinity in it, if there is one."""
+    return next((name for name, x in named if x is not None and not torch.isfinite(x).all()), None)
+
+
+def stop_unless_gradients_finite(model: nn.Module, step: int, hint: str) -> None:
+    """[`stop_unless_finite`] of all gradients, with the first that is to blame; before clipping, which spreads NaN."""
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if not norm.isfinite():
+        name = first_not_finite((name, parameter.grad) for name, parameter in model.named_parameters())
+        stop_unless_finite(norm, f"the gradient of {name or 'all together'}", step, hint)

@@ -39,7 +39,8 @@ MOMENTS = {
     "as it is flushed": (checkpoints, "seal", 3),
     "inside of that": (checkpoints.hashlib, "file_digest", 40),
     "before it is renamed": (checkpoints.os, "rename", 3),
-    "behind that": (checkpoints, "rotate_checkpoints", 3),
+    "behind that": (checkpoints, "_rotate", 3),
+    "as an old one is deleted": (checkpoints.shutil, "rmtree", 7),  # one at the start, two a checkpoint
     "inside a rollout": (PPOTrainer, "_scores", 3),  # the second is that of an evaluation
     "between a rollout's steps": (PPOTrainer, "_accumulate", 7),
 }

@@ -1,0 +1,154 @@
+"""Pitfall 7: what does not belong together is refused before the first step, with the difference."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from ppo_helpers import config, lora, mean_id
+
+from instructgpt_trl import PPOTrainer, RewardConfig, RewardModel, RewardTrainer
+from instructgpt_trl.data import InputError
+from instructgpt_trl.models.reward_examples import EXAMPLES, RewardExamples, read_examples
+
+DEMONSTRATIONS = Dataset.from_list([{"prompt": f"say {i}: ", "completion": f"{i} {i}"} for i in range(12)])
+
+
+@pytest.fixture(scope="module", params=["lora", "full"])
+def saved(request, base_dir, tmp_path_factory, rankings_of):
+    """A reward model of each kind with its examples."""
+    folder = tmp_path_factory.mktemp("reward")
+    args = RewardConfig(str(folder), max_steps=2, report_to="none", learning_rate=0.01, save_strategy="no")
+    peft_config = lora() if request.param == "lora" else None
+    rows = dict(train_dataset=rankings_of, demonstration_dataset=DEMONSTRATIONS)
+    trainer = RewardTrainer(base_dir, args, peft_config=peft_config, **rows)
+    trainer.train()
+    trainer.save_model()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rankings_of() -> Dataset:
+    return Dataset.from_list([{"prompt": f"{i}: ", "completions": ["a", "bb"], "ranks": [1, 2]} for i in range(8)])
+
+
+@pytest.fixture
+def reward(saved, tmp_path) -> Path:
+    shutil.copytree(saved, tmp_path / "reward")
+    return tmp_path / "reward"
+
+
+def ppo(folders, reward, path, prompts, model=None, **settings) -> PPOTrainer:
+    args = config(path, **settings)
+    return PPOTrainer(
+        model or folders.base, reward_model=str(reward), args=args, train_dataset=prompts, peft_config=lora()
+    )
+
+
+def test_examples_are_the_first_demonstrations_with_their_scores(reward):
+    examples = read_examples(str(reward))
+    assert len(examples.scores) == 10 and examples.exact
+    rows = DEMONSTRATIONS[:10]
+    expected = RewardModel.from_pretrained(str(reward)).score(rows["prompt"], rows["completion"])
+    assert torch.allclose(torch.tensor(examples.scores), torch.tensor(expected), atol=1e-6)
+    assert abs(sum(RewardModel.from_pretrained(str(reward)).score(*map(list, DEMONSTRATIONS[:].values())))) < 1e-4
+
+
+def test_without_demonstrations_they_are_of_the_rankings(base_dir, tmp_path, rankings_of):
+    args = RewardConfig(str(tmp_path), max_steps=1, report_to="none", save_strategy="no")
+    trainer = RewardTrainer(base_dir, args, train_dataset=rankings_of)
+    trainer.train()
+    trainer.save_model()
+    examples = read_examples(str(tmp_path))
+    assert len(examples.scores) == 8 == len(set(map(tuple, examples.prompt_ids)))
+
+
+def test_what_belongs_together_trains(folders, reward, tmp_path, prompts):
+    trainer = ppo(folders, reward, tmp_path / "ppo", prompts)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_lost_bias_is_refused(folders, reward, tmp_path, prompts):
+    known = json.loads((reward / "reward_model.json").read_text())
+    (reward / "reward_model.json").write_text(json.dumps({**known, "bias": known["bias"] + 0.01}))
+    with pytest.raises(
+        InputError, match="another score than when it was saved, example .* are base, weights and bias"
+    ):
+        ppo(folders, reward, tmp_path / "ppo", prompts).train()
+
+
+def test_another_base_is_refused(folders, saved, reward, tmp_path, prompts):
+    from conftest import make_llama, make_tokenizer
+
+    other = tmp_path / "base"
+    make_llama(seed=5).save_pretrained(other)
+    make_tokenizer().save_pretrained(other)
+    if (reward / "adapter_config.json").is_file():
+        known = json.loads((reward / "adapter_config.json").read_text())
+        (reward / "adapter_config.json").write_text(json.dumps({**known, "base_model_name_or_path": str(other)}))
+        with pytest.raises(InputError, match="gives .* of its 10 examples another score"):
+            ppo(folders, reward, tmp_path / "ppo", prompts, model=str(other)).train()
+
+
+def test_rounding_is_no_difference_and_a_lost_head_is():
+    scores = [0.0, 1.0, 2.0, 3.0]
+    examples = RewardExamples([[1]] * 4, [[2]] * 4, scores, exact=True)
+    examples.check([score + 5e-4 for score in scores], True, "RM")
+    examples.check([score + 0.5 for score in scores], False, "RM")  # bfloat16, 4 bits
+    for change, exact in ((2e-3, True), (0.6, False), (float("nan"), False)):
+        with pytest.raises(InputError, match="RM: the reward model gives"):
+            examples.check([scores[0] + change, *scores[1:]], exact, "RM")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"scores": [1]}',
+        "not json",
+        '{"prompt_ids": [["a"]], "completion_ids": [[1]], "scores": [1], "exact": true}',
+    ],
+)
+def test_broken_examples_are_refused(tmp_path, text):
+    (tmp_path / EXAMPLES).write_text(text)
+    with pytest.raises(InputError, match=f"{EXAMPLES}: cannot be read"):
+        read_examples(str(tmp_path))
+    assert read_examples(str(tmp_path / "nowhere")) is None
+
+
+def test_a_policy_that_is_not_its_reference_is_refused(folders, tmp_path, prompts):
+    args = config(tmp_path)
+    trainer = PPOTrainer(folders.sft, reward_funcs=mean_id, args=args, train_dataset=prompts)
+    with torch.no_grad():
+        for name, parameter in trainer._policy_parameters.items():
+            if "lora_B" in name:
+                parameter += 0.5
+    with pytest.raises(InputError, match="before the first step a completion's KL to the reference is .* and not 0"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_ratio_that_is_not_one_is_refused(folders, tmp_path, prompts):
+    """A model with noise of its own, which nobody switched off."""
+    args = config(tmp_path, gradient_checkpointing=False)
+    trainer = PPOTrainer(folders.base, reward_funcs=mean_id, args=args, train_dataset=prompts, peft_config=lora())
+    trainer.roles.policy.take_kept = lambda batch: None
+    norm = trainer.model.get_base_model().model.norm
+    norm.register_forward_hook(lambda module, args, out: out + 0.5 * torch.randn_like(out) * module.training)
+    trainer.roles.reference = None
+    trainer.beta = 0.0
+    with pytest.raises(InputError, match="the log-prob of a token changed by .* nats between rollout and training"):
+        trainer.train()
+
+
+def test_a_second_training_goes_on_from_other_weights(folders, tmp_path, prompts):
+    trainer = PPOTrainer(
+        folders.sft, reward_funcs=mean_id, args=config(tmp_path, learning_rate=0.05), train_dataset=prompts
+    )
+    trainer.train()
+    trainer.train()
+    assert trainer.state.global_step == 2
