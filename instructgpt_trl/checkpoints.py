@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
@@ -177,15 +178,17 @@ class ExactResume:
         whole = last_checkpoint(self.args.output_dir)
         there = f"the last checkpoint is {whole}" if whole else "there is no checkpoint"
         step = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        trained = ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
         if whole == str(step) or self.args.save_strategy == "no" or self.state.global_step == 0:
             return there
         if self.accelerator.num_processes > 1:  # which may not have failed all together
             return there
-        if name := first_not_finite(trained):
+        if name := first_not_finite(self._trained().items()):
             return f"{name} is not finite either, so nothing was saved; {there}"
         self._save_checkpoint(self.model, None)
         return f"the weights before this step are in {step}"
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def _micro_batch(self) -> int:
         """Number of this call of `training_step` in its optimizer step, from 0."""

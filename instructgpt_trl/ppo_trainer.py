@@ -263,10 +263,11 @@ class PPOTrainer(ExactResume, RLOOTrainer):
         self._policy_parameters = {k: p for k, p in self.roles.policy.parameters().items() if p.requires_grad}
         self._value_parameters = {k: p for k, p in self.roles.value.parameters().items() if p.requires_grad}
         # The parent has seeded each process otherwise
-        same_in_all(self.accelerator, [p.data for p in self._trained()])
+        same_in_all(self.accelerator, [parameter.data for parameter in self._trained().values()])
 
-    def _trained(self) -> list[torch.nn.Parameter]:
-        return [*self._policy_parameters.values(), *self._value_parameters.values()]
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        roles = {"policy": self._policy_parameters, "value": self._value_parameters}
+        return {f"{role}.{name}": parameter for role, own in roles.items() for name, parameter in own.items()}
 
     def _set_up_state(self, ptx_dataset: Dataset | None) -> None:
         args = self.args
@@ -534,12 +535,13 @@ class PPOTrainer(ExactResume, RLOOTrainer):
     def _add_up_processes(self, loss: torch.Tensor) -> None:
         if self.accelerator.num_processes == 1:
             return
-        for parameter in self._trained():  # of experts that nobody asked in one process, say
+        trained = self._trained().values()
+        for parameter in trained:  # of experts that nobody asked in one process, say
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         part = [grad for grad in self._policy_part.values() if grad is not None]
         sums = torch.tensor([loss.item(), *self._sums.values()], device=loss.device)
-        sum_over_all(self.accelerator, [*(p.grad for p in self._trained()), *part, sums])
+        sum_over_all(self.accelerator, [*(parameter.grad for parameter in trained), *part, sums])
         whole, *found = sums.tolist()
         self._sums.update(zip(self._sums, found, strict=True))
         self.stop_unless_finite(torch.tensor(whole), "the loss")
@@ -558,7 +560,7 @@ class PPOTrainer(ExactResume, RLOOTrainer):
         if done == 0 or rows != self._begun:
             self._begun, todo = rows, list(range(done + 1))
             self._sums.clear()
-            for parameter in self._trained():
+            for parameter in self._trained().values():
                 parameter.grad = None
         tokens = self._minibatch_tokens
         for micro_batch in todo:
