@@ -80,6 +80,14 @@ def test_a_lost_bias_is_refused(folders, reward, tmp_path, prompts):
         ppo(folders, reward, tmp_path / "ppo", prompts).train()
 
 
+def test_a_bias_that_was_set_later_is_none_that_was_lost(folders, reward, tmp_path, prompts):
+    model = RewardModel.from_pretrained(str(reward))
+    model.calibrate(["another"], ["demonstration"])
+    model.save_pretrained(str(reward))
+    assert read_examples(str(reward)) is None
+    ppo(folders, reward, tmp_path / "ppo", prompts).train()
+
+
 def test_another_base_is_refused(folders, saved, reward, tmp_path, prompts):
     from conftest import make_llama, make_tokenizer
 

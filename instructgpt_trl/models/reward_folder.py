@@ -20,6 +20,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from ..data import InputError
 from .loading import is_adapter
+from .reward_examples import EXAMPLES
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +77,12 @@ def write_reward_config(
 
 
 def forget_reward_config(path: str) -> None:
-    """Remove `reward_model.json` before new weights are written, so that an old bias never stands beside them."""
-    (Path(path) / CONFIG_NAME).unlink(missing_ok=True)
+    """
+    Remove `reward_model.json` and the scores of examples before new weights or another bias are written, so that the
+    old ones never stand beside them.
+    """
+    for name in (CONFIG_NAME, EXAMPLES):
+        (Path(path) / name).unlink(missing_ok=True)
 
 
 def quantized_by(model: PreTrainedModel | PeftModel) -> dict[str, Any] | None:
