@@ -14,7 +14,6 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-LEVELS = ("none", "warn", "stop")
 FIRST, LAST = 3, 3  # logs that a start, and a change that is no chance, are measured over
 KL_A_TOKEN = 1.0  # nats: about e times as likely, token by token, as under the reference
 JUMP, JUMP_LEAST = 5.0, 0.1  # times the highest of ten logs before, and nats a token

@@ -5,7 +5,20 @@ from dataclasses import dataclass, field
 from trl import RLOOConfig
 
 from ._trl import precision
+from .config_checks import ABOVE_0, COUNT, FROM_0, SHARE, Range, check_settings
 from .data import InputError
+
+CLIP = Range(0, open=(0,), infinite=True)
+OWN = {
+    **dict.fromkeys(("gamma", "lam", "ema_decay"), SHARE),
+    **dict.fromkeys(("beta", "vf_coef", "ptx_coef", "value_learning_rate"), FROM_0),
+    **dict.fromkeys(("cliprange_value", "epsilon"), CLIP),
+    **dict.fromkeys(("ptx_ratio", "kl_horizon", "max_prompt_length", "generation_micro_batch_size"), COUNT),
+    "warmup_updates": Range(0, whole=True),
+    "ptx_max_length": Range(2, whole=True),
+    "missing_eos_score": Range(),
+    "kl_target": ABOVE_0,
+}
 
 
 @dataclass
@@ -103,6 +116,7 @@ class PPOConfig(RLOOConfig):
     )
 
     def __post_init__(self):
+        check_settings(self, OWN)
         precision(self)
         try:
             super().__post_init__()
@@ -114,23 +128,9 @@ class PPOConfig(RLOOConfig):
         self._check_neutral_sampling()
 
     def _check_ranges(self) -> None:
-        if self.alarms not in ("none", "warn", "stop"):
-            raise InputError(f"alarms={self.alarms!r}: expected 'none', 'warn' or 'stop'")
-        for name in ("gamma", "lam", "ema_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name}={getattr(self, name)}: expected a number from 0 to 1")
-        for name in ("beta", "vf_coef", "ptx_coef", "value_learning_rate", "warmup_updates"):
-            if not getattr(self, name) >= 0:  # NaN is no number either
-                raise InputError(f"{name}={getattr(self, name)}: expected 0 or more")
-        for name in ("cliprange_value", "epsilon", "ptx_ratio", "kl_horizon", "max_completion_length"):
-            if not (getattr(self, name) or 0) > 0:
-                raise InputError(f"{name}={getattr(self, name)}: expected more than 0")
-        for name, least in (("max_prompt_length", 1), ("ptx_max_length", 2), ("generation_micro_batch_size", 1)):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise InputError(f"{name}={getattr(self, name)}: expected at least {least}, or None")
-        if self.kl_target is not None and not (self.kl_target > 0 and self.beta > 0):
+        if self.kl_target is not None and not self.beta > 0:
             raise InputError(
-                f"kl_target={self.kl_target} with beta={self.beta}: expected both above 0; beta is what adapts, leave "
+                f"kl_target={self.kl_target} with beta={self.beta}: expected a beta above 0, which adapts; leave "
                 f"kl_target out to keep it fixed"
             )
         if self.steps_per_generation % self.gradient_accumulation_steps:
@@ -164,8 +164,8 @@ class PPOConfig(RLOOConfig):
                     f"generation_kwargs['{name}']={value}: PPO samples from the policy's own distribution, which this "
                     f"may change; remove it"
                 )
-        if (self.generation_kwargs or {}).get("do_sample", True) is not True or self.temperature <= 0:
-            raise InputError("PPO needs sampling: temperature above 0 and do_sample=True")
+        if (self.generation_kwargs or {}).get("do_sample", True) is not True:
+            raise InputError("generation_kwargs['do_sample']: PPO needs sampling; leave it out")
         if "temperature" in (self.generation_kwargs or {}):
             raise InputError(
                 "generation_kwargs['temperature']: set temperature itself, so that log-probs agree with it"

@@ -6,6 +6,7 @@ import trl
 from transformers import SchedulerType
 
 from ._trl import precision
+from .config_checks import check_settings
 from .data import InputError
 
 
@@ -84,8 +85,7 @@ class RewardConfig(trl.RewardConfig):
     )
 
     def __post_init__(self):
-        if self.alarms not in ("none", "warn", "stop"):
-            raise InputError(f"alarms={self.alarms!r}: expected 'none', 'warn' or 'stop'")
+        check_settings(self, {})
         if self.prefix_sharing not in ("auto", "on", "off"):
             raise InputError(f"prefix_sharing={self.prefix_sharing!r}: expected 'auto', 'on' or 'off'")
         is_default = SchedulerType(self.lr_scheduler_type) == SchedulerType.COSINE_WITH_MIN_LR

@@ -6,7 +6,9 @@ import trl
 from transformers import SchedulerType
 
 from ._trl import precision
-from .data import InputError
+from .config_checks import BELOW_1, COUNT, check_settings
+
+OWN = {"residual_dropout": BELOW_1, "pretraining_fraction": BELOW_1, "rm_score_max_new_tokens": COUNT}
 
 
 @dataclass
@@ -100,18 +102,9 @@ class SFTConfig(trl.SFTConfig):
     )
 
     def __post_init__(self):
-        self._check_fields()
+        check_settings(self, OWN)
         is_default = SchedulerType(self.lr_scheduler_type) == SchedulerType.COSINE_WITH_MIN_LR
         if is_default and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         precision(self)
         super().__post_init__()
-
-    def _check_fields(self) -> None:
-        if self.alarms not in ("none", "warn", "stop"):
-            raise InputError(f"alarms={self.alarms!r}: expected 'none', 'warn' or 'stop'")
-        for name in ("residual_dropout", "pretraining_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: expected a number from 0 to below 1; correct it")
-        if self.rm_score_max_new_tokens < 1:
-            raise InputError(f"rm_score_max_new_tokens={self.rm_score_max_new_tokens}: expected at least 1; raise it")

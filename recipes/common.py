@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 # Which of its kernels bitsandbytes did not find is no news for who did not ask for 4 bits, and it tells when imported
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -22,7 +23,7 @@ warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing\\w*` is depreca
 
 import torch
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, NoMatchingPeftModuleError, PeftConfig
+from peft import AutoPeftModelForCausalLM, NoMatchingPeftModuleError, PeftConfig, TaskType
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -71,7 +72,16 @@ class Parser(TrlParser):
         raise InputError(f"{message}; see --help")
 
     def set_defaults_with_config(self, **config) -> list[str]:
-        self.refuse_unknown(list(config), [action.dest for action in self._actions])
+        actions = {action.dest: action for action in self._actions if action.dest != "help"}
+        self.refuse_unknown(list(config), list(actions))
+        hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
+        for name, value in config.items():
+            if not _fits(value, hints[name]):
+                quotes = "; write text in quotes" if str in (hints[name], *get_args(hints[name])) else ""
+                raise InputError(f"{name}={value!r}: expected {_in_words(hints[name])}{quotes}; correct it")
+            choices = actions[name].choices
+            if choices and value is not None and value not in choices:
+                raise InputError(f"{name}={value!r}: expected one of {', '.join(map(str, choices))}; correct it")
         return super().set_defaults_with_config(**config)
 
     def refuse_unknown(self, names: list[str], known: list[str]) -> None:
@@ -80,6 +90,28 @@ class Parser(TrlParser):
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean '{close[0]}'?" if close else "--help lists all there are"
                 raise InputError(f"unknown key '{name}'; {hint}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a YAML file is of a field's type; texts are read as flags are, by argparse."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if isinstance(value, str) or kind is Any:
+        return True
+    if kind in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if kind in (list, tuple):
+        return isinstance(value, list) and all(_fits(one, inner[0] if inner else Any) for one in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+
+
+def _in_words(hint: Any) -> str:
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping"}
+    kind = get_origin(hint) or hint
+    if kind in (Union, UnionType):
+        return " or ".join(dict.fromkeys(_in_words(one) for one in get_args(hint)))
+    return "nothing" if kind is type(None) else words.get(kind, "a list" if kind in (list, tuple) else "text")
 
 
 def parse(argv: list[str], arguments: type[DataArguments], config: type[TrainingArguments], output_dir: str) -> tuple:
@@ -127,8 +159,25 @@ def check_model(model: ModelConfig, trust_remote_code: bool) -> None:
         )
     elif not (Path(name) / "adapter_config.json").is_file() and not any(Path(name).glob("*token*")):
         raise InputError(f"--model_name_or_path {name}: no tokenizer is in it; save the tokenizer beside the model")
+    if model.use_peft:
+        check_lora(model)
     if (model.load_in_4bit or model.load_in_8bit) and not is_bitsandbytes_available():
         raise InputError("load_in_4bit, load_in_8bit: bitsandbytes is not installed; pip install bitsandbytes")
+
+
+def check_lora(model: ModelConfig) -> None:
+    """Raise [`InputError`] for a LoRA adapter that cannot be, or would be all zeros."""
+    if model.lora_r < 1:
+        raise InputError(f"lora_r={model.lora_r}: expected a whole number from 1 on; correct it")
+    if model.lora_alpha <= 0:
+        raise InputError(f"lora_alpha={model.lora_alpha}: expected a number above 0; correct it")
+    if not 0 <= model.lora_dropout < 1:
+        raise InputError(f"lora_dropout={model.lora_dropout}: expected a number from 0 to below 1; correct it")
+    if model.lora_task_type not in list(TaskType):
+        raise InputError(
+            f"lora_task_type={model.lora_task_type}: expected one of {', '.join(TaskType)}; leave it out, the recipe "
+            f"knows it"
+        )
 
 
 def load_model(args: ModelArguments, model: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -136,15 +185,16 @@ def load_model(args: ModelArguments, model: ModelConfig) -> tuple[PreTrainedMode
     name = model.model_name_or_path
     auto = AutoPeftModelForCausalLM if (Path(name) / "adapter_config.json").is_file() else AutoModelForCausalLM
     quantization = get_quantization_config(model)
-    loaded = auto.from_pretrained(
-        name,
-        revision=model.model_revision,
-        trust_remote_code=args.trust_remote_code,
-        dtype=model.dtype,
-        attn_implementation=model.attn_implementation,
-        device_map="auto" if torch.cuda.is_available() else None,
-        **({} if quantization is None else {"quantization_config": quantization}),
-    )
+    with loading(f"model {name}"):
+        loaded = auto.from_pretrained(
+            name,
+            revision=model.model_revision,
+            trust_remote_code=args.trust_remote_code,
+            dtype=model.dtype,
+            attn_implementation=model.attn_implementation,
+            device_map="auto" if torch.cuda.is_available() else None,
+            **({} if quantization is None else {"quantization_config": quantization}),
+        )
     return loaded, load_tokenizer(model, args.trust_remote_code)
 
 
@@ -154,12 +204,26 @@ def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: 
     return sorted({*(own if isinstance(own, list) else [own]), encode_completion(tokenizer, prompt, "a")[-1]} - {None})
 
 
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """What other libraries raise of files that are broken, or of options that they do not take, becomes one line."""
+    try:
+        yield
+    except (InputError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{what} cannot be loaded: {type(error).__name__}, {reason}; save it again") from error
+
+
 def load_tokenizer(model: ModelConfig, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """That of a model's or an adapter's folder, else that of the adapter's base."""
     name = model.model_name_or_path
     own = not Path(name).is_dir() or any(Path(name).glob("*token*"))
     options = {"revision": model.model_revision, "trust_remote_code": trust_remote_code}
-    return AutoTokenizer.from_pretrained(name if own else base_of(name), **options)
+    source = name if own else base_of(name)
+    with loading(f"the tokenizer in {source}"):
+        return AutoTokenizer.from_pretrained(source, **options)
 
 
 def parse_arguments(argv: list[str], classes: tuple[type, ...], **defaults: Any) -> tuple:
@@ -179,6 +243,12 @@ def parse_arguments(argv: list[str], classes: tuple[type, ...], **defaults: Any)
         parsed = parser.parse_args_and_config(argv)
     except OSError as error:
         raise InputError(f"--config {file}: {error.strerror}; give the path of a YAML file") from None
+    except RecursionError:
+        raise InputError(f"{file}: nested too deep; give a YAML file of keys and values") from None
+    except TypeError as error:
+        if "keywords must be strings" not in str(error):
+            raise
+        raise InputError(f"{file}: a key is no text; expected names of flags as keys; correct it") from None
     except (ValueError, YAMLError) as error:
         raise InputError(f"{file}: {error}" if file else str(error)) from error
     parsed[0].config_file = file
@@ -225,7 +295,7 @@ def split_by_prompt(rows: Dataset, fraction: float, seed: int) -> list[Dataset]:
     for index, row in enumerate(rows):  # a pair that holds its prompt in both texts is a prompt of its own
         of_prompt.setdefault(json.dumps(row["prompt"] or row, default=str), []).append(index)
     groups = list(of_prompt.values())
-    if not 0 < math.ceil(fraction * len(groups)) < len(groups):
+    if not 0 < fraction < 1 or not math.ceil(fraction * len(groups)) < len(groups):
         raise InputError(
             f"eval_fraction={fraction} of {len(groups)} prompts: expected a number between 0 and 1 that leaves some "
             f"on both sides; correct it or give eval_dataset"
@@ -306,8 +376,12 @@ def _compute_type(config: TrainingArguments) -> torch.dtype:
 
 def base_of(name: str) -> str:
     """The base of an adapter's folder, or the full model itself: a hub id, or a folder without links or `..` in it."""
-    if (Path(name) / "adapter_config.json").is_file():
-        name = PeftConfig.from_pretrained(name).base_model_name_or_path
+    file = Path(name) / "adapter_config.json"
+    if file.is_file():
+        with loading(str(file)):
+            name = PeftConfig.from_pretrained(name).base_model_name_or_path
+        if not isinstance(name, str):
+            raise InputError(f"{file}: no base model is named in it; set base_model_name_or_path")
     return os.path.realpath(name) if Path(name).is_dir() else name
 
 

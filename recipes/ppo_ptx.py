@@ -30,6 +30,7 @@ class Arguments(DataArguments):
 def main(argv: list[str]) -> None:
     args, config, model = parse(argv, Arguments, PPOConfig, output_dir="runs/ppo_ptx")
     prompts, held_out = read_and_split(args, config, "prompt")
+    texts = read(args, args.ptx_dataset, "pretraining")
     with watched_memory(config, model, **sizes(args, config, model)):
         trainer = PPOTrainer(
             model=model.model_name_or_path,
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> None:
             args=config,
             train_dataset=prompts,
             eval_dataset=held_out,
-            ptx_dataset=read(args, args.ptx_dataset, "pretraining"),
+            ptx_dataset=texts,
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
         )

@@ -73,13 +73,14 @@ def longest(texts: Iterable, as_text: Callable[[Any], str] = str) -> list:
 def main(argv: list[str]) -> None:
     args, config, model = parse(argv, Arguments, RewardConfig, output_dir="runs/reward")
     rankings, held_out = read_and_split(args, config, "ranking")
+    demonstrations = read(args, args.demonstrations, "demonstration")
     with watched_memory(config, model, stage="reward", **sizes(config, model, rankings)):
         trainer = RewardTrainer(
             model=model.model_name_or_path,
             args=config,
             train_dataset=rankings,
             eval_dataset=held_out,
-            demonstration_dataset=read(args, args.demonstrations, "demonstration"),
+            demonstration_dataset=demonstrations,
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
         )

@@ -42,13 +42,14 @@ class Arguments(DataArguments):
 def main(argv: list[str]) -> None:
     args, config, model = parse(argv, Arguments, SFTConfig, output_dir="runs/sft")
     demonstrations, held_out = read_and_split(args, config, "demonstration")
+    texts = read(args, args.pretraining_dataset, "pretraining")
     with watched_memory(config, model, stage="sft", rows=config.per_device_train_batch_size):
         trainer = SFTTrainer(
             model=model.model_name_or_path,
             args=config,
             train_dataset=demonstrations,
             eval_dataset=held_out,
-            pretraining_dataset=read(args, args.pretraining_dataset, "pretraining"),
+            pretraining_dataset=texts,
             reward_model=args.reward_model,
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),

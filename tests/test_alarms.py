@@ -194,7 +194,7 @@ def test_the_level_none_looks_at_nothing(folders, tmp_path, caplog):
     trainer = ppo(folders, tmp_path, constant, alarms="none")
     trainer.train()
     assert given(trainer) == {} and "ALARM" not in caplog.text
-    with pytest.raises(InputError, match="alarms='loud': expected 'none', 'warn' or 'stop'"):
+    with pytest.raises(InputError, match="alarms='loud': expected 'none', 'warn', 'stop'"):
         config(tmp_path, alarms="loud")
 
 

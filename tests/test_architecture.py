@@ -21,7 +21,7 @@ PACKAGE = "instructgpt_trl"
 LAYERS = (
     ("functional", "_trl", "peak_memory"),
     ("data",),
-    ("models",),
+    ("models", "config_checks"),
     ("sft_config", "reward_config", "ppo_config", "memory"),
     ("alarms", "checkpoints", "processes", "ppo_checks", "ppo_metrics", "reward_metrics"),
     ("sft_trainer", "reward_trainer", "ppo_trainer"),

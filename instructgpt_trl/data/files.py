@@ -40,10 +40,16 @@ def load_arrow(source: str, split: str) -> "Dataset":
 def _lines(path: Path) -> list[str]:
     """Lines of a UTF-8 file, cut at newlines only: other line separators are allowed inside a JSON string."""
     try:
-        return path.read_text(encoding="utf-8-sig").split("\n")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise InputError(f"{path}, row {line}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
+    if "\0" in text:  # English in UTF-16 is UTF-8 too, byte by byte
+        line = text[: text.index("\0")].count("\n") + 1
+        raise InputError(
+            f"{path}, row {line}: a NUL character, as in UTF-16 or a binary file; convert the file to UTF-8"
+        )
+    return text.split("\n")
 
 
 def read_text(path: Path) -> tuple[list[Any], list[str]]:
@@ -58,6 +64,9 @@ def read_csv(path: Path) -> tuple[list[Any], list[str]]:
     reader = csv.DictReader(io.StringIO("\n".join(_lines(path)), newline=""), strict=True)
     rows: list[Any] = []
     try:
+        for column in reader.fieldnames or []:
+            if list(reader.fieldnames).count(column) > 1:
+                raise InputError(f"{path}: the header names the column '{column}' twice; rename one")
         for row in reader:
             if None in row:
                 raise InputError(
@@ -76,11 +85,13 @@ def read_json(path: Path, bad: list[str] | None = None) -> tuple[list[Any], list
     """
     lines = _lines(path)
     if path.suffix.lower() == ".json" and "".join(lines).lstrip().startswith("["):
-        try:
-            rows = json.loads("\n".join(lines))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}: not valid JSON ({error}); correct it") from None
-        return rows, [f"{path}, row {n}" for n in range(1, len(rows) + 1)]
+        text = "\n".join(lines)
+        rows = parse_json(text, str(path), characters=False)
+        places = [f"{path}, row {n}" for n in range(1, len(rows) + 1)]
+        if "\\ud" in text.lower():
+            for row, place in zip(rows, places, strict=True):
+                check_characters(row, place)
+        return rows, places
     rows, places = [], []
     for n, line in enumerate(lines, start=1):
         if not line.strip():
@@ -95,25 +106,34 @@ def read_json(path: Path, bad: list[str] | None = None) -> tuple[list[Any], list
     return rows, places
 
 
-def parse_json(line: str, where: str) -> Any:
+def parse_json(text: str, where: str, characters: bool = True) -> Any:
     """
     Raises:
-        [`InputError`]: the line is not JSON, or a text in it cannot be written in UTF-8.
+        [`InputError`]: it is not JSON, or unless `characters` is false, a text in it cannot be written in UTF-8.
     """
     try:
-        row = json.loads(line)
-        if "\\ud" in line.lower():
-            json.dumps(row, ensure_ascii=False).encode()
-        return row
+        value = json.loads(text)
+        if characters and "\\ud" in text.lower():
+            check_characters(value, where)
+        return value
     except json.JSONDecodeError as error:
-        reason = f"not valid JSON ({error.msg}, column {error.colno})"
-    except UnicodeEncodeError:
-        reason = "half a surrogate pair, which is no character"
+        line = f"line {error.lineno}, " if "\n" in text else ""
+        reason = f"not valid JSON ({error.msg}, {line}column {error.colno})"
     except RecursionError:
         reason = "nested too deep"
+    except InputError:
+        raise
     except ValueError as error:  # a number of thousands of digits
         reason = f"not to be read ({error})"
     raise InputError(f"{where}: {reason}; correct it")
+
+
+def check_characters(value: Any, where: str) -> None:
+    """Raise [`InputError`] if a text in it cannot be written in UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: half a surrogate pair, which is no character; correct it") from None
 
 
 READERS: dict[str, Callable[[Path], tuple[list[Any], list[str]]]] = {

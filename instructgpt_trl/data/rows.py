@@ -4,11 +4,10 @@ Rows: which columns each stage reads, and how one row is checked. Every stage ta
 A mistake in the input raises [`InputError`] with one line: where it is, what was expected, and the fix.
 """
 
-import json
 import math
 from typing import Any
 
-from .files import InputError
+from .files import InputError, parse_json
 
 # Required columns of each kind of row. `chosen`/`rejected` rows are read as rankings with K = 2.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -73,8 +72,8 @@ def _as_ranking(row: dict[str, Any], where: str) -> dict[str, Any]:
     for column in ("completions", "ranks"):
         if isinstance(row.get(column), str):
             try:
-                parsed[column] = json.loads(row[column])
-            except json.JSONDecodeError:
+                parsed[column] = parse_json(row[column], where)
+            except InputError:
                 raise InputError(
                     f"{where}, column '{column}': expected a list, got the text {row[column][:40]!r}; "
                     f"write a JSON list"
@@ -134,7 +133,8 @@ def _check_text(
     if not value and not allow_empty:
         raise InputError(f"{where}: the conversation is empty; expected at least one message; drop the row")
     for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or not message.get("role"):
+        texts = [message.get("role"), message.get("content")] if isinstance(message, dict) else [None]
+        if not all(isinstance(text, str) for text in texts) or not message["role"]:
             raise InputError(f"{where}: expected {expected}, got the message {str(message)[:60]!r}; correct it")
         if not message["content"].strip() and message["role"] == "assistant" and not empty_turns:
             raise InputError(f"{where}: an assistant message is empty; expected some text; fill it in or drop the row")

@@ -1,0 +1,136 @@
+"""What settings may be, one by one. The parents take most of their numbers as they come, negative ones and NaN too."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from enum import Enum
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+from transformers import IntervalStrategy, SchedulerType
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.training_args import OptimizerNames
+
+from .data import InputError
+
+
+class Range(NamedTuple):
+    """Numbers from `least` to `most`; `open` says which of the two are out, `whole` that there is nothing between."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    open: tuple[float, ...] = ()
+    whole: bool = False
+    infinite: bool = False
+
+    def __contains__(self, value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
+            return False
+        if isinstance(value, Integral):  # which may be too large for a float
+            return self.least <= value <= self.most and value not in self.open
+        finite = math.isfinite(value) or (self.infinite and value == math.inf)
+        return finite and self.least <= value <= self.most and value not in self.open
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        if self.least == -math.inf:
+            return kind
+        least = f"above {self.least:g}" if self.least in self.open else f"from {self.least:g}"
+        if self.most == math.inf:
+            return f"{kind} {least}" + ("" if self.least in self.open else " on")
+        return f"{kind} {least} to " + (f"below {self.most:g}" if self.most in self.open else f"{self.most:g}")
+
+
+COUNT = Range(1, whole=True)
+FROM_0 = Range(0)
+SEED = Range(0, 2**32 - 1, whole=True)
+SHARE = Range(0, 1)
+BELOW_1 = Range(0, 1, open=(1,))
+ABOVE_0 = Range(0, open=(0,))
+
+# Fields of transformers and TRL. `None` is allowed where it is the default
+RANGES: dict[str, Range] = {
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), COUNT
+    ),
+    **dict.fromkeys(("eval_accumulation_steps", "torch_empty_cache_steps", "dataloader_prefetch_factor"), COUNT),
+    **dict.fromkeys(("dataset_num_proc", "ddp_timeout", "max_length", "num_iterations"), COUNT),
+    **dict.fromkeys(("num_generations", "num_generations_eval", "generation_batch_size"), COUNT),
+    **dict.fromkeys(("steps_per_generation", "max_completion_length"), COUNT),
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps", "eval_delay"), FROM_0),
+    **dict.fromkeys(("center_rewards_coefficient", "router_aux_loss_coef", "eval_steps"), FROM_0),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), BELOW_1),
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "temperature"), ABOVE_0),
+    **dict.fromkeys(("seed", "data_seed"), SEED),
+    "max_steps": Range(-1, open=(0,), whole=True),
+    "max_grad_norm": Range(0, infinite=True),
+    "neftune_noise_alpha": FROM_0,
+    "save_total_limit": Range(0, whole=True),
+    "dataloader_num_workers": Range(0, whole=True),
+}
+CHOICES: dict[str, type[Enum]] = {
+    "eval_strategy": IntervalStrategy,
+    "logging_strategy": IntervalStrategy,
+    "save_strategy": SaveStrategy,
+    "hub_strategy": HubStrategy,
+    "lr_scheduler_type": SchedulerType,
+    "optim": OptimizerNames,
+}
+ALARM_LEVELS = ("none", "warn", "stop")
+# Objects, or their JSON text, which the parents know by its first character
+OBJECTS = (
+    "lr_scheduler_kwargs",
+    "model_init_kwargs",
+    "gradient_checkpointing_kwargs",
+    "activation_checkpointing_kwargs",
+)
+OBJECTS += ("generation_kwargs", "chat_template_kwargs", "dataset_kwargs", "transformers_continuous_batching_config")
+
+
+def check_settings(config: Any, own: Mapping[str, Range]) -> None:
+    """
+    Refuse a setting that would mean nothing, before anything reads it.
+
+    Args:
+        config: a dataclass, as it was given.
+        own: the ranges of its fields besides those of `RANGES`.
+
+    Raises:
+        [`InputError`]: the field, its value and what was expected.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name, allowed in {**RANGES, **own}.items():
+        value = getattr(config, name, None)
+        optional = defaults.get(name, 0) is None or name in ("max_length", "max_prompt_length")
+        if name in defaults and value not in allowed and not (value is None and optional):
+            raise InputError(f"{name}={_short(value)}: expected {allowed}{' or none' * optional}; correct it")
+    for name, kind in CHOICES.items():
+        value = getattr(config, name)
+        if value not in list(kind):
+            words = ", ".join(repr(choice.value) for choice in kind)
+            quotes = "; in YAML write it in quotes" if isinstance(value, bool) else ""
+            raise InputError(f"{name}={_short(value)}: expected one of {words}{quotes}")
+    if config.alarms not in ALARM_LEVELS:
+        raise InputError(f"alarms={config.alarms!r}: expected {', '.join(map(repr, ALARM_LEVELS))}")
+    for name in OBJECTS:
+        value = getattr(config, name, None)
+        if value is not None and not _is_object(value):
+            raise InputError(f"{name}={_short(value)}: expected an object, as in '{{\"key\": 1}}'; correct it")
+
+
+def _is_object(value: Any) -> bool:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.startswith("{") else None
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(value, Mapping)
+
+
+def _short(value: Any) -> str:
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except ValueError:  # thousands of digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:80]}.."
