@@ -53,6 +53,9 @@ RESUME = (
     "_get_output_dir",
     "_save_checkpoint",
     "_push_from_checkpoint",
+    "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler",
+    "_load_rng_state",
 )  # by `ExactResume`, in all three
 
 # (class, method): overridden in our subclass, or called although it is private
@@ -97,7 +100,6 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
         "_prepare_inputs",
         "_clip_grad_norm",
         "_save",
-        "_load_from_checkpoint",
         "_load_best_model",
         *RESUME,
     ),

@@ -20,11 +20,12 @@ from datasets import Dataset
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 
 from .data import InputError, check_tokenizers
+from .models.folders import check_folder, loading, read_object
 from .models.guards import NotFinite, first_not_finite
 from .models.loading import load_tokenizer
 
@@ -109,7 +110,9 @@ def check_checkpoint(folder: str | os.PathLike) -> str:
         instead = f"go on from {whole}" if whole else "no other checkpoint beside it is whole, so start anew"
         raise InputError(f"{folder}: {reason}; {instead}")
     if reason is not None:
-        logger.warning(f"{folder}: {reason}; what is in it is not checked")
+        logger.warning(f"{folder}: {reason}; whether its files are as they were written is not checked")
+    check_folder(folder)
+    _check_state(Path(folder, TRAINER_STATE_NAME))
     if not any(Path(folder).glob("*optimizer*")) and not any(Path(folder).glob("global_step*")):  # or DeepSpeed's
         raise InputError(
             f"{folder}: the optimizer's state is not in it (save_only_model), so that no run can go on from it; to "
@@ -118,12 +121,25 @@ def check_checkpoint(folder: str | os.PathLike) -> str:
     return folder
 
 
+def _check_state(file: Path) -> None:
+    """Raise [`InputError`] unless the file holds the state of a training, which begins anew where a step is missing."""
+    state = read_object(file)
+    types = {"global_step": int, "max_steps": int, "log_history": list, "stateful_callbacks": dict}
+    for name, kind in types.items():
+        value = state.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool) or kind is int and value < 0:
+            raise InputError(f"{file}: {name}={str(value)[:40]!r} cannot be; go on from another checkpoint")
+    with loading(str(file)):
+        TrainerState.load_from_json(str(file))
+
+
 class ExactResume:
     """
     What the trainers share: whole checkpoints, and `train(resume_from_checkpoint=...)` from the last of them (`True`)
     or a named one, refused if it is not whole or of another tokenizer. Other versions, settings or data are a warning.
 
-    Overrides: `train`, `_run_epoch`, `_get_output_dir`, `_save_checkpoint`; calls `_push_from_checkpoint`.
+    Overrides: `train`, `_run_epoch`, `_get_output_dir`, `_save_checkpoint`, `_load_from_checkpoint`,
+    `_load_optimizer_and_scheduler`, `_load_rng_state`; calls `_push_from_checkpoint`.
     """
 
     _unfinished: str | None = None  # folder that a checkpoint is being written into
@@ -143,7 +159,8 @@ class ExactResume:
         if folder is not None:
             folder = check_checkpoint(folder)
             self._check_run(Path(folder))
-            self._load_progress(Path(folder))
+            with loading(folder):
+                self._load_progress(Path(folder))
         try:
             return super().train(folder, *args, **kwargs)
         except NotFinite as error:
@@ -256,12 +273,27 @@ class ExactResume:
             "settings": json.loads(json.dumps(settings, default=str)),
         }
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        with loading(f"the weights in {resume_from_checkpoint}"):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with loading(f"optimizer and scheduler in {checkpoint}"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with loading(f"the random states in {checkpoint}"):
+            super()._load_rng_state(checkpoint)
+
     def _check_run(self, folder: Path) -> None:
         if isinstance(self.processing_class, PreTrainedTokenizerBase) and any(folder.glob("*token*")):
             check_tokenizers(self.processing_class, load_tokenizer(str(folder)), ("this run", str(folder)))
         if not (folder / MANIFEST).is_file():
             return
         then, now = _manifest(folder), self._facts()
+        for name in ("trainer", "processes", "settings", "versions", "data"):
+            if not isinstance(then.get(name), type(now[name])):
+                raise InputError(f"{folder / MANIFEST}: {name} is missing or no fact; go on from another checkpoint")
         if then["trainer"] != now["trainer"]:
             raise InputError(f"{folder}: a checkpoint of {then['trainer']}, not of {now['trainer']}; give its own")
         groups = {"settings": "settings", "versions": "versions", "data": "other rows in"}

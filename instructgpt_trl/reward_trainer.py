@@ -21,6 +21,7 @@ from .data import InputError, check_output_dir, check_rows
 from .data.formats import by_prompt, split_by_length
 from .data.rankings import DataCollatorForRanking, check_rankings, prepare_rankings
 from .functional import _untied_pairs, ranking_loss
+from .models.folders import adapter_base
 from .models.guards import stop_unless_finite, stop_unless_gradients_finite
 from .models.limits import freed_memory_reused
 from .models.loading import float32_adapters, is_adapter, keep_gradients, load_tokenizer
@@ -28,7 +29,7 @@ from .models.lora import fuse_lora, without_casts
 from .models.reward_examples import COUNT, RewardExamples
 from .models.reward_folder import forget_reward_config, quantized_by, read_reward_config
 from .models.reward_model import RewardModel
-from .models.reward_network import adapter_base, head_of, load_reward_network, pool_by_length, scalar_config
+from .models.reward_network import head_of, load_reward_network, pool_by_length, scalar_config
 from .models.sharing import attention_length, network_inputs
 from .processes import check_launch
 from .reward_config import RewardConfig

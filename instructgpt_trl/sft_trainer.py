@@ -5,7 +5,8 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from tqdm.auto import tqdm
 from transformers import (
-    AutoConfig,
+    AutoProcessor,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -39,6 +40,7 @@ from .data.formats import by_prompt, split_by_length
 from .data.rows import Text
 from .models.completions import greedy_completions
 from .models.dropout import residual_dropout, residual_places
+from .models.folders import load_whole, loading
 from .models.guards import stop_unless_finite, stop_unless_gradients_finite
 from .models.limits import freed_memory_reused
 from .models.loading import context_length, float32_adapters, is_adapter, keep_gradients, load_policy
@@ -129,11 +131,12 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
             logger.warning(f"{model} is an adapter and keeps its own shape; peft_config is not used")
             peft_config = None
 
-        with preserved_rng():
-            if from_adapter:
-                model, tokenizer = load_policy(model, **_model_init_kwargs(args, quantization_config))
-                processing_class = tokenizer if processing_class is None else processing_class
-                quantization_config = None
+        with preserved_rng(), _own_init_kwargs(args):
+            if isinstance(model, str):
+                load = load_policy if from_adapter else _load
+                model, own = load(model, **_model_init_kwargs(args, quantization_config))
+                processing_class = own if processing_class is None else processing_class
+                args.model_init_kwargs, quantization_config = None, None  # used; the parent would call them ignored
             self.reward_model = _load_reward_model(reward_model)
             # Read by `_prepare_dataset`, which the parent's constructor calls
             self._mix_into = None if pretraining_dataset is None else train_dataset
@@ -382,16 +385,27 @@ def _model_init_kwargs(args: SFTConfig, quantization_config: BitsAndBytesConfig 
     return kwargs
 
 
-def _block_length(model: str | PreTrainedModel, args: SFTConfig) -> int:
+def _load(name: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
+    """A full model and its tokenizer or processor, as the parent loads them, but refused where a file is broken."""
+    model, _ = load_whole(name, f"model '{name}'", **kwargs)
+    hub = {key: kwargs[key] for key in ("trust_remote_code", "revision") if key in kwargs}
+    with loading(f"the tokenizer in {name}"):
+        return model, AutoProcessor.from_pretrained(name, **hub)
+
+
+@contextmanager
+def _own_init_kwargs(args: SFTConfig) -> Iterator[None]:
+    """Give `args` its `model_init_kwargs` back at the end."""
+    kwargs = args.model_init_kwargs
+    try:
+        yield
+    finally:
+        args.model_init_kwargs = kwargs
+
+
+def _block_length(model: PreTrainedModel, args: SFTConfig) -> int:
     """Tokens of a pretraining block: `max_length`, at most the model's context."""
-    if isinstance(model, str):
-        init = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-        config = AutoConfig.from_pretrained(
-            model, trust_remote_code=init["trust_remote_code"], revision=init.get("revision")
-        )
-    else:
-        config = model.config
-    limits = [limit for limit in (args.max_length, context_length(config)) if limit is not None]
+    limits = [limit for limit in (args.max_length, context_length(model.config)) if limit is not None]
     if not limits:
         raise InputError("pretraining_dataset: max_length=None, and the model's config has no limit; set max_length")
     return min(limits)

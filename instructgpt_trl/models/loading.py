@@ -1,13 +1,14 @@
 """Models from a name: a full model, or an adapter folder on the base that it names."""
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from peft import PeftConfig, PeftModel
+from peft import NoMatchingPeftModuleError, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -20,8 +21,9 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from .._trl import create_model_from_path, preserved_rng
+from .._trl import preserved_rng
 from ..data import InputError
+from .folders import adapter_base, check_folder, load_whole
 
 logger = logging.get_logger(__name__)
 
@@ -95,11 +97,15 @@ def load_tokenizer(path: str, base: str | None = None, **kwargs) -> PreTrainedTo
     """The tokenizer saved in `path`, else that of its `base`. Raises [`InputError`] if there is none."""
     has_own = not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").is_file()
     source = path if has_own or base is None else base
+    if Path(source).is_dir():
+        check_folder(source)
     try:
         return AutoTokenizer.from_pretrained(source, **kwargs)
-    except (OSError, ValueError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # tokenizers raises nothing more special
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"no tokenizer in {source}: {reason}; save the tokenizer beside the model") from None
+        raise InputError(f"no tokenizer in {source}: {reason}; save the tokenizer beside the model") from error
 
 
 def fit_vocabulary(
@@ -151,27 +157,44 @@ def load_policy(path: str, **model_init_kwargs) -> tuple[PreTrainedModel | PeftM
         [`InputError`]: the folder holds neither, or the adapter's base cannot be found.
     """
     adapter = is_adapter(path)
-    base = PeftConfig.from_pretrained(path).base_model_name_or_path if adapter else path
+    if adapter:
+        check_folder(path)
+    base = adapter_base(path) if adapter else path
     if Path(path).is_dir() and not adapter and not (Path(path) / "config.json").is_file():
         raise InputError(
             f"{path}: neither config.json nor adapter_config.json is in it; expected a model or an adapter"
         )
-    try:
-        model = create_model_from_path(base, AutoModelForCausalLM, **model_init_kwargs)
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        where = f"base model '{base}' of the adapter {path}" if adapter else f"model '{path}'"
-        raise InputError(f"{where} cannot be loaded: {reason}") from None
+    where = f"base model '{base}' of the adapter {path}" if adapter else f"model '{path}'"
+    model, _ = load_whole(base, where, AutoModelForCausalLM, **model_init_kwargs)
     kwargs = {key: model_init_kwargs[key] for key in ("trust_remote_code", "revision") if key in model_init_kwargs}
     tokenizer = load_tokenizer(path, base, **kwargs)
     keep_gradients(model)
     if adapter:
-        fit_vocabulary(model, adapter_shapes(path), tokenizer)
-        try:
-            model = PeftModel.from_pretrained(model, path, is_trainable=True)
-        except (KeyError, RuntimeError) as error:
-            raise does_not_fit(path, error) from None
+        model = _with_adapter(model, path, tokenizer)
     return model, tokenizer
+
+
+def _with_adapter(model: PreTrainedModel, path: str, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
+    shapes = adapter_shapes(path)
+    if not shapes and Path(path).is_dir():
+        raise InputError(f"{path}: no adapter_model.safetensors in it; save the adapter with PEFT's save_pretrained")
+    fit_vocabulary(model, shapes, tokenizer)
+    # Resized embeddings are saved in several forms, tied ones under two names
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    others = tuple(f"base_model.model.{name}." for name, module in model.named_modules() if module in embeddings)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+            network = PeftModel.from_pretrained(model, path, is_trainable=True)
+    except (KeyError, RuntimeError) as error:
+        raise does_not_fit(path, error) from None
+    except NoMatchingPeftModuleError as error:
+        raise does_not_fit(path, error) from None
+    own = get_peft_model_state_dict(network, save_embedding_layers=False).keys()
+    wrong = sorted(key for key in own ^ shapes.keys() if not key.startswith(others)) if shapes else []
+    if wrong:
+        raise InputError(f"{path}: the adapter does not fit its base: {len(wrong)} weights differ, first {wrong[0]}")
+    return network
 
 
 def keep_gradients(network: nn.Module) -> None:

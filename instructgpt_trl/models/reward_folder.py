@@ -9,8 +9,8 @@ in a file of its own because neither transformers' head nor an adapter_config.js
 
 import json
 import logging
-import math
 import os
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
 from ..data import InputError
+from .folders import loading, read_object
 from .loading import is_adapter
 from .reward_examples import EXAMPLES
 
@@ -40,12 +41,21 @@ def read_reward_config(path: str) -> dict[str, Any]:
     if not file.is_file():
         logger.info(f"{path}: no {CONFIG_NAME}; a reward model of others, its bias is 0")
         return default | ({"kind": "adapter"} if is_adapter(path) else {})
-    try:
-        config = default | json.loads(file.read_text(encoding="utf-8"))
-        config["bias"] = float(config["bias"])
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{file}: cannot be read ({error}); save the reward model again") from None
-    if config["format"] != FORMAT or not math.isfinite(config["bias"]):
+    saved = read_object(file)
+    missing = [name for name in ("format", "bias") if name not in saved]
+    if missing:
+        raise InputError(f"{file}: {missing[0]} is missing; save the reward model again")
+    config = default | saved
+    types = {"format": int, "bias": Real, "calibrated": bool, "quantization": dict | None, "base": str | None}
+    for name, kind in types.items():
+        if not isinstance(config[name], kind) or name == "bias" and isinstance(config[name], bool):
+            raise InputError(f"{file}: {name}={config[name]!r} cannot be; save the reward model again")
+    kind = "adapter" if is_adapter(path) else "full"
+    if config["kind"] != kind:
+        raise InputError(
+            f"{file}: it is of the kind {config['kind']!r}, and the folder's weights are {kind!r}; copy both again"
+        )
+    if config["format"] != FORMAT or not abs(config["bias"]) < 1e30:
         raise InputError(
             f"{file}: expected format {FORMAT} and a finite bias, got format {config['format']} and bias "
             f"{config['bias']}; save the reward model again with this version"
@@ -102,4 +112,5 @@ def quantization_for(path: str, saved: dict[str, Any], asked: Any) -> Any:
             f"{path}: trained on a base quantised by bitsandbytes, which is not installed; install it, or pass "
             f"quantization_config=False to score on the base in full precision"
         )
-    return BitsAndBytesConfig.from_dict(saved["quantization"])
+    with loading(f"quantization in {Path(path) / CONFIG_NAME}"):
+        return BitsAndBytesConfig.from_dict(saved["quantization"])

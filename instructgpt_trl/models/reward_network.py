@@ -26,8 +26,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import is_bitsandbytes_available
 
-from .._trl import create_model_from_path
 from ..data import InputError
+from .folders import adapter_base, check_folder, check_weights, load_whole, loading, read_adapter_config
 from .loading import does_not_fit, fit_vocabulary, is_adapter, keep_gradients
 from .reward_folder import CONFIG_NAME
 
@@ -225,22 +225,13 @@ def load_reward_network(
     return model
 
 
-def adapter_base(path: str) -> str:
-    """The name of an adapter's base, from its adapter_config.json."""
-    base = PeftConfig.from_pretrained(path).base_model_name_or_path
-    if not base:
-        raise InputError(f"{path}: adapter_config.json names no base model; set base_model_name_or_path in it")
-    if is_adapter(base):
-        raise InputError(f"{path}: its base {base} is itself an adapter; merge that one into its base first")
-    return base
-
-
 def read_adapter(path: str) -> tuple[PeftConfig, dict[str, Tensor]]:
     """An adapter's config and weights under their saved names. Reads safetensors only, never a pickle."""
     file = Path(path) / "adapter_model.safetensors"
     if not file.is_file():
         raise InputError(f"{path}: no adapter_model.safetensors in it; save the adapter with PEFT's save_pretrained")
-    return PeftConfig.from_pretrained(path), load_file(file)
+    check_weights(file)
+    return read_adapter_config(path), load_file(file)
 
 
 def scalar_config(config: PeftConfig, trainable: bool = True) -> PeftConfig:
@@ -292,23 +283,16 @@ def _load_base(base: str, path: str, quantization: Any, kwargs: dict[str, Any]) 
         raise InputError(f"{what}: neither config.json nor adapter_config.json is in it; expected a model")
     if quantization is not None:
         kwargs = {**kwargs, "quantization_config": _keep_head(quantization)}
-    try:
+    if Path(base).is_dir():
+        check_folder(base)
+    with loading(what):
         hub = {key: kwargs[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in kwargs}
         config = AutoConfig.from_pretrained(base, **hub)
         if "SequenceClassification" in _architecture(config) and config.num_labels != 1:
             raise InputError(f"{what}: its head gives {config.num_labels} numbers; a reward model needs one")
-        with _quiet():  # a new head and an unused LM head are no surprise; what else is missing is an error below
-            model, info = create_model_from_path(
-                base, AutoModelForSequenceClassification, num_labels=1, output_loading_info=True, **kwargs
-            )
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
-        raise InputError(f"{what} cannot be loaded: {_first_line(error)}") from None
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith("score."))
-    if missing:
-        raise InputError(f"{what}: {len(missing)} weights are missing, first {missing[0]}; the folder is incomplete")
-    return model, not any(key.startswith("score.") for key in info["missing_keys"])
+    with _quiet():  # a new head and an unused LM head are no surprise
+        model, no_head = load_whole(base, what, AutoModelForSequenceClassification, num_labels=1, **kwargs)
+    return model, not no_head
 
 
 def _keep_head(quantization: Any) -> Any:
@@ -342,7 +326,3 @@ def _quiet() -> Iterator[None]:
 def _architecture(model_or_config: Any) -> str:
     """Class names in a config, as saved."""
     return " ".join(getattr(model_or_config, "config", model_or_config).architectures or [])
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

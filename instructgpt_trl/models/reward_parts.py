@@ -13,12 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._trl import get_config_model_id
 from ..data import InputError
+from .folders import adapter_base, check_folder
 from .loading import fit_vocabulary, is_adapter, load_tokenizer
 from .reward_folder import quantization_for, read_reward_config
 from .reward_model import RewardModel, base_name
 from .reward_network import (
     HEAD_PREFIX,
-    adapter_base,
     head_of,
     load_adapter_state,
     load_reward_network,
@@ -94,6 +94,8 @@ def reward_parts(source: "str | RewardModel | PreTrainedModel | PeftModel", **kw
         if not name:
             raise InputError("the reward model was made in memory; pass RewardModel(model, tokenizer) instead")
         return _parts_of_object(RewardModel(source, load_tokenizer(name, **kwargs)))
+    if Path(source).is_dir():
+        check_folder(source)
     saved = read_reward_config(source)
     if not is_adapter(source):
         weight, head_bias = _read_head(source)
