@@ -24,10 +24,11 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 
+from ._trl import preserved_rng
 from .data import InputError, check_tokenizers
 from .models.folders import check_folder, loading, read_object
 from .models.guards import NotFinite, first_not_finite
-from .models.loading import load_tokenizer
+from .models.loading import check_fit, load_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -122,7 +123,7 @@ def check_checkpoint(folder: str | os.PathLike) -> str:
 
 
 def _check_state(file: Path) -> None:
-    """Raise [`InputError`] unless the file holds the state of a training, which begins anew where a step is missing."""
+    """Raise [`InputError`] unless it is the state of a training, which would begin anew where the step is missing."""
     state = read_object(file)
     types = {"global_step": int, "max_steps": int, "log_history": list, "stateful_callbacks": dict}
     for name, kind in types.items():
@@ -159,8 +160,11 @@ class ExactResume:
         if folder is not None:
             folder = check_checkpoint(folder)
             self._check_run(Path(folder))
+            check_fit(self.accelerator.unwrap_model(self.model), folder)
             with loading(folder):
                 self._load_progress(Path(folder))
+            with preserved_rng():  # read once before anything is written; set when the first step begins
+                self._load_rng_state(folder)
         try:
             return super().train(folder, *args, **kwargs)
         except NotFinite as error:

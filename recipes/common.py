@@ -401,6 +401,16 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Run a recipe: a mistake of the user's is one line and exit code 2; a mistake of ours keeps its traceback."""
     try:
         main(sys.argv[1:])
-    except (InputError, ImportError, NoMatchingPeftModuleError) as error:  # the last two: flags for what is not there
+    except (ValueError, ImportError, NoMatchingPeftModuleError) as error:  # the last two: flags for what is not there
+        if isinstance(error, ValueError) and not isinstance(error, InputError) and not _raised_by_libraries(error):
+            raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+
+
+def _raised_by_libraries(error: BaseException) -> bool:
+    """Whether TRL, transformers or PEFT raised it themselves, which is how they refuse settings."""
+    frame = error.__traceback__
+    while frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame.tb_frame.f_globals["__name__"].split(".")[0] in ("trl", "transformers", "peft")

@@ -1,4 +1,7 @@
-"""Generated bad inputs through the recipes: one line that names the cause, no stack trace, no folder damaged."""
+"""
+Generated bad inputs through the recipes: each ends in one line that names its cause and exit code 2, none in a stack
+trace or a run, and what was in the output folder stays as it was.
+"""
 
 import importlib
 import shutil
@@ -6,12 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from faults.bad_inputs import ROWS, Bad, examples
+import yaml
+from faults.bad_inputs import CONFIGS, ROWS, Bad, Folders, bad_checkpoints, bad_folders, examples
 from faults.stages import World
 from transformers import Trainer
 
 common, *SCRIPTS = (importlib.import_module(name) for name in ("common", "sft", "reward", "ppo_ptx"))
 MAIN = {script.__name__: script.main for script in SCRIPTS}
+COUNTS = {"rows": 240, "configs": 300, "folders": 150, "checkpoints": 70}
+
+
+def test_there_are_five_hundred():
+    assert sum(COUNTS.values()) >= 500
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +30,9 @@ def world(tmp_path_factory) -> World:
 
 @pytest.fixture(scope="module")
 def good(world, tmp_path_factory) -> dict[str, dict[str, str]]:
-    """Flags of each recipe with which it would run."""
+    """Flags of each recipe with which it runs."""
     folder = tmp_path_factory.mktemp("good")
-    files = {name: str(folder / f"{name}.jsonl") for name in ("demonstrations", "rankings", "prompts", "texts")}
+    files = {name: str(folder / f"{name}.jsonl") for name in ("demonstrations", "rankings", "prompts")}
     for name, file in files.items():
         getattr(world, name).to_json(file)
     shared = {"--per_device_train_batch_size": "1", "--gradient_accumulation_steps": "2", "--report_to": "none"}
@@ -36,20 +45,56 @@ def good(world, tmp_path_factory) -> dict[str, dict[str, str]]:
     }
 
 
+@pytest.fixture
+def quick(monkeypatch, tmp_path) -> None:
+    def predict(*args, **kwargs):
+        raise RuntimeError("a prediction of memory takes a second, and refuses nothing")
+
+    monkeypatch.setattr(common, "predict", predict)
+    monkeypatch.chdir(tmp_path)
+
+
 class SilentPass(Exception):
-    pass
+    """A bad input was trained with."""
+
+
+@pytest.fixture
+def no_training(monkeypatch) -> None:
+    def train(*args, **kwargs):
+        raise SilentPass
+
+    monkeypatch.setattr(Trainer, "train", train)
+
+
+@pytest.fixture
+def check(good, quick, tmp_path, capsys, monkeypatch):
+    """Run the cases; all that is wrong is shown, not the first alone."""
+
+    def run(cases: list[Bad], count: int, **flags: str) -> None:
+        assert len(cases) == count
+        wrong = []
+        for case in cases:
+            problem = run_of(case, {**good[case.stage], **flags}, tmp_path / "one", capsys, monkeypatch)
+            if problem is not None:
+                shown = case.what or {name: (content or b"")[:200] for name, content in case.files.items()}
+                wrong.append(f"{case.stage} {case.flags} {shown}\n    {problem}")
+        assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong)
+
+    return run
 
 
 def run_of(case: Bad, good: dict[str, str], folder: Path, capsys, monkeypatch) -> str | None:
     """What is wrong with what the recipe made of a case; none if it refused it as it should."""
     shutil.rmtree(folder, ignore_errors=True)
     here, out = folder / "case", folder / "out"
-    for name, content in {**case.files, "../out/model.safetensors": b"an earlier model", "../out/notes": b""}.items():
-        (here / name).parent.mkdir(parents=True, exist_ok=True)
-        (here / name).mkdir() if content is None else (here / name).write_bytes(content)
+    write({f"case/{name}": content for name, content in case.files.items()}, folder)
+    write({"out/model.safetensors": b"an earlier model", "out/ema/notes": b"", "out/completions.jsonl": b"{}"}, folder)
     before = contents(out)
-    flags = {**good, "--output_dir": str(out), **{k: v.replace("HERE", str(here)) for k, v in case.flags.items()}}
-    monkeypatch.setattr(sys, "argv", ["recipe", *(word for pair in flags.items() for word in pair)])
+    own = {name: value.replace("HERE", str(here)) for name, value in case.flags.items()}
+    in_file = yaml_of(here / "x.yaml")  # over which flags would go
+    flags = {**good, "--output_dir": str(out)}
+    flags = {**{name: text for name, text in flags.items() if name[2:] not in in_file}, **own}
+    monkeypatch.setattr(sys, "argv", ["recipe", *(f"{name}={value}" for name, value in flags.items())])
     try:
         common.run(MAIN[case.stage])
         return "silent pass"
@@ -70,26 +115,51 @@ def run_of(case: Bad, good: dict[str, str], folder: Path, capsys, monkeypatch) -
     return None
 
 
+def write(files: dict[str, bytes | None], folder: Path) -> None:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir() if content is None else path.write_bytes(content)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-COUNTS = {"rows": 260}
-KINDS = {"rows": ROWS}
+def yaml_of(file: Path) -> dict:
+    try:
+        return dict(yaml.safe_load(file.read_bytes()))
+    except Exception:  # some are none
+        return {}
 
 
-@pytest.mark.parametrize("kind", COUNTS)
-def test_every_bad_input_is_refused_with_its_cause(kind, good, tmp_path, capsys, monkeypatch):
-    def train(*args, **kwargs):
-        raise SilentPass
+def test_bad_rows(check, no_training):
+    check(examples(ROWS, COUNTS["rows"]), COUNTS["rows"])
 
-    monkeypatch.setattr(Trainer, "train", train)
-    cases = examples(KINDS[kind], COUNTS[kind])
-    assert len(cases) == COUNTS[kind]
-    wrong = []
-    for case in cases:
-        problem = run_of(case, good[case.stage], tmp_path / "one", capsys, monkeypatch)
-        if problem is not None:
-            files = {name: (content or b"")[:200] for name, content in case.files.items()}
-            wrong.append(f"{case.stage} {case.flags} {files}\n    {problem}")
-    assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong)
+
+def test_bad_configs(check, no_training):
+    check(examples(CONFIGS, COUNTS["configs"]), COUNTS["configs"])
+
+
+def test_bad_folders(check, no_training, world):
+    paths = {"base": world.base, "sft": world.sft, **world.reward}
+    folders = Folders({name: contents(Path(path)) for name, path in paths.items()})
+    check(examples(bad_folders(folders), COUNTS["folders"]), COUNTS["folders"])
+
+
+def test_bad_checkpoints(check, good, world, tmp_path, monkeypatch):
+    lora = {"--use_peft": "true", "--lora_r": "2", "--save_strategy": "steps", "--save_steps": "1"}
+    monkeypatch.setattr(common, "predict", lambda *_: {})
+    runs = Folders()
+    for stage, main in MAIN.items():
+        flags = {**good[stage], **lora, "--output_dir": str(tmp_path / stage)}
+        main([word for pair in flags.items() for word in pair])
+        runs[stage] = contents(tmp_path / stage / "checkpoint-1")
+    check(examples(bad_checkpoints(runs), COUNTS["checkpoints"]), COUNTS["checkpoints"], **lora)
+
+
+def test_what_is_not_bad_runs(check, good, quick, no_training, tmp_path):
+    """Else everything would be refused, whatever it is."""
+    for stage, main in MAIN.items():
+        with pytest.raises(SilentPass):
+            main([word for pair in {**good[stage], "--output_dir": str(tmp_path / stage)}.items() for word in pair])

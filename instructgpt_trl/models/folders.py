@@ -69,7 +69,7 @@ def read_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def check_weights(file: Path) -> None:
+def check_weights(file: Path | str) -> None:
     """Raise [`InputError`] unless a safetensors file is whole, by its header and its size."""
     try:
         with safe_open(file, "pt") as weights:
@@ -89,10 +89,13 @@ def read_adapter_config(path: str) -> PeftConfig:
     if file.is_file():
         saved = read_object(file)
         if saved.get("peft_type") == "LORA":
-            rank, alpha = saved.get("r"), saved.get("lora_alpha")
-            for name, value, kind in (("r", rank, Integral), ("lora_alpha", alpha, Real)):
+            for name, kind in (("r", Integral), ("lora_alpha", Real)):
+                value = saved.get(name)
                 if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < 2**31:
                     raise InputError(f"{file}: {name}={value!r}: expected a number above 0; save the adapter again")
+            dropout = saved.get("lora_dropout", 0)
+            if not isinstance(dropout, Real) or isinstance(dropout, bool) or not 0 <= dropout <= 1:
+                raise InputError(f"{file}: lora_dropout={dropout!r}: expected a number from 0 to 1; correct it")
             if saved.get("target_modules") is None and saved.get("target_parameters") is None:
                 raise InputError(f"{file}: target_modules is missing; save the adapter again")
     with loading(str(file) if file.is_file() else f"the config of the adapter {path}"):
@@ -130,6 +133,11 @@ def load_whole(name: str, what: str, architecture: Any = None, **kwargs: Any) ->
     kwargs = {"ignore_mismatched_sizes": True, **kwargs}  # told below, with their names
     with loading(what):
         model, info = create_model_from_path(name, architecture, output_loading_info=True, **kwargs)
+    kind = read_object(Path(name) / "config.json").get("model_type") if Path(name).is_dir() else None
+    if kind is not None and kind != type(model.config).model_type:  # TRL goes by the names of architectures alone
+        raise InputError(
+            f"{what}: its config.json says model_type={kind!r}, and its architectures another; correct it"
+        )
     for key, saved, wanted in sorted(info["mismatched_keys"], key=lambda one: one[0]):
         raise InputError(
             f"{what}: {key} has the shape {list(saved)}, and by the config {list(wanted)}; config and weights are of "

@@ -23,7 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 
 from .._trl import preserved_rng
 from ..data import InputError
-from .folders import adapter_base, check_folder, load_whole
+from .folders import adapter_base, check_folder, check_weights, load_whole
 
 logger = logging.get_logger(__name__)
 
@@ -132,9 +132,14 @@ def fit_vocabulary(
 
 def adapter_shapes(path: str) -> dict[str, list[int]]:
     """Shapes of the weights in an adapter's folder, under their saved names; none of an adapter of the hub."""
-    file = Path(path) / "adapter_model.safetensors"
+    return weight_shapes(Path(path) / "adapter_model.safetensors")
+
+
+def weight_shapes(file: Path) -> dict[str, list[int]]:
+    """Shapes of a safetensors file's weights by name; none where it is not there."""
     if not file.is_file():
         return {}
+    check_weights(file)
     with safe_open(file, framework="pt") as weights:
         return {key: weights.get_slice(key).get_shape() for key in weights.keys()}
 
@@ -179,9 +184,6 @@ def _with_adapter(model: PreTrainedModel, path: str, tokenizer: PreTrainedTokeni
     if not shapes and Path(path).is_dir():
         raise InputError(f"{path}: no adapter_model.safetensors in it; save the adapter with PEFT's save_pretrained")
     fit_vocabulary(model, shapes, tokenizer)
-    # Resized embeddings are saved in several forms, tied ones under two names
-    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
-    others = tuple(f"base_model.model.{name}." for name, module in model.named_modules() if module in embeddings)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
@@ -190,11 +192,34 @@ def _with_adapter(model: PreTrainedModel, path: str, tokenizer: PreTrainedTokeni
         raise does_not_fit(path, error) from None
     except NoMatchingPeftModuleError as error:
         raise does_not_fit(path, error) from None
-    own = get_peft_model_state_dict(network, save_embedding_layers=False).keys()
-    wrong = sorted(key for key in own ^ shapes.keys() if not key.startswith(others)) if shapes else []
-    if wrong:
-        raise InputError(f"{path}: the adapter does not fit its base: {len(wrong)} weights differ, first {wrong[0]}")
+    check_fit(network, path)
     return network
+
+
+def check_fit(network: PreTrainedModel | PeftModel, path: str) -> None:
+    """
+    Raise [`InputError`] unless a folder's weights are those of a network, by name and shape: PEFT and Trainer go on
+    with what they find. Not of a hub id, nor of weights in several files.
+    """
+    if isinstance(network, PeftModel):
+        own = get_peft_model_state_dict(network, adapter_name="default", save_embedding_layers=False)
+        saved, model = adapter_shapes(path), network.get_base_model()
+        # Resized embeddings are saved in several forms, tied ones under two names
+        embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+        others = tuple(f"base_model.model.{name}." for name, module in model.named_modules() if module in embeddings)
+    else:
+        saved, others = weight_shapes(Path(path) / SAFE_WEIGHTS_NAME), ()
+        own = network.state_dict()
+        there = {tensor.data_ptr() for key, tensor in own.items() if key in saved}
+        own = {key: tensor for key, tensor in own.items() if key in saved or tensor.data_ptr() not in there}  # tied
+    if not saved:
+        return
+    own = {key: list(tensor.shape) for key, tensor in own.items()}
+    keys = sorted(key for key in own.keys() | saved.keys() if not key.startswith(others))
+    wrong = [key for key in keys if own.get(key) != saved.get(key)]
+    if wrong:
+        what = "the adapter does not fit its base" if isinstance(network, PeftModel) else "of another model"
+        raise InputError(f"{path}: {what}: {len(wrong)} weights differ, first {wrong[0]}")
 
 
 def keep_gradients(network: nn.Module) -> None:

@@ -48,7 +48,7 @@ def read_reward_config(path: str) -> dict[str, Any]:
     config = default | saved
     types = {"format": int, "bias": Real, "calibrated": bool, "quantization": dict | None, "base": str | None}
     for name, kind in types.items():
-        if not isinstance(config[name], kind) or name == "bias" and isinstance(config[name], bool):
+        if not isinstance(config[name], kind) or isinstance(config[name], bool) and kind is not bool:
             raise InputError(f"{file}: {name}={config[name]!r} cannot be; save the reward model again")
     kind = "adapter" if is_adapter(path) else "full"
     if config["kind"] != kind:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._trl import get_config_model_id
 from ..data import InputError
-from .folders import adapter_base, check_folder
+from .folders import adapter_base, check_folder, loading
 from .loading import fit_vocabulary, is_adapter, load_tokenizer
 from .reward_folder import quantization_for, read_reward_config
 from .reward_model import RewardModel, base_name
@@ -53,6 +53,13 @@ class RewardParts:
     path: str | None = None
     model: PreTrainedModel | PeftModel | None = None
 
+    def __post_init__(self):
+        if self.head_weight.dim() != 2 or self.head_weight.size(0) != 1:
+            raise InputError(
+                f"{self.path or 'reward model'}: its head ('score') has the shape {list(self.head_weight.shape)}; "
+                f"expected one row of the hidden size"
+            )
+
     def load_network(self, **kwargs: Any) -> PreTrainedModel | PeftModel:
         """
         The network on a base of its own, frozen and in eval mode: a full model, or a plain `PeftModel` with the
@@ -75,7 +82,9 @@ class RewardParts:
             fit_vocabulary(network, {key: tensor.shape for key, tensor in self.state.items()}, self.tokenizer)
             config = copy.deepcopy(self.config)
             config.task_type, config.base_model_name_or_path = None, network.name_or_path
-            network = load_adapter_state(get_peft_model(network, config), self.state, self.path or "reward model")
+            with loading(f"the adapter {self.path or 'of the reward model'} on its base"):
+                network = get_peft_model(network, config)
+            network = load_adapter_state(network, self.state, self.path or "reward model")
         return network.requires_grad_(False).eval()
 
 

@@ -31,6 +31,7 @@ from ..data.episodes import (
     padding,
     take_rows,
 )
+from .folders import check_weights, loading
 from .loading import holds_weights_of, keep_gradients, same_base
 from .lora import fuse_lora, without_casts
 from .reward_parts import RewardParts
@@ -257,7 +258,8 @@ def _reward(policy: Network, parts: RewardParts, index: int, kwargs: dict) -> Ro
     head = _head(parts.head_weight, parts.bias)
     name = f"reward_{index}" if index else "reward"
     if isinstance(policy, PeftModel) and parts.config is not None and _on_base_of(policy, parts):
-        _add_adapter(policy, name, parts.config, _without(parts.state, _weights_of_base(policy, parts.state)))
+        with loading(f"the adapter {parts.path or name} on the policy's base"):
+            _add_adapter(policy, name, parts.config, _without(parts.state, _weights_of_base(policy, parts.state)))
         return Role(policy, name, head)
     network = parts.load_network(**kwargs)
     if isinstance(network, PeftModel):
@@ -387,8 +389,9 @@ def save_parameters(parameters: dict[str, nn.Parameter], path: str) -> None:
 @torch.no_grad()
 def load_parameters(parameters: dict[str, nn.Parameter], path: str) -> None:
     """Read what `save_parameters` wrote into the parameters, which must be the same by name."""
+    check_weights(path)
     saved = load_file(path)
-    if saved.keys() != parameters.keys():
+    if {name: tensor.shape for name, tensor in saved.items()} != {name: p.shape for name, p in parameters.items()}:
         raise InputError(f"{path}: its weights are those of another model; resume with the settings of that run")
     for name, parameter in parameters.items():
         parameter.copy_(saved[name])
