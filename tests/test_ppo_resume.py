@@ -139,7 +139,7 @@ def test_resuming_an_adapter_of_another_shape_is_refused(folders, tmp_path, rows
         return PPOTrainer(folders.base, reward_model=reward, args=args, train_dataset=rows, peft_config=shape)
 
     trainer("q_proj", 2).train()
-    with pytest.raises(InputError, match="adapter 'default' does not fit"):
+    with pytest.raises(InputError, match="checkpoint-2: the adapter does not fit"):
         trainer("o_proj", 4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

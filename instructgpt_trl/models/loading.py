@@ -202,7 +202,8 @@ def check_fit(network: PreTrainedModel | PeftModel, path: str) -> None:
     with what they find. Not of a hub id, nor of weights in several files.
     """
     if isinstance(network, PeftModel):
-        own = get_peft_model_state_dict(network, adapter_name="default", save_embedding_layers=False)
+        name = "default" if "default" in network.peft_config else network.active_adapter  # which is at the root
+        own = get_peft_model_state_dict(network, adapter_name=name, save_embedding_layers=False)
         saved, model = adapter_shapes(path), network.get_base_model()
         # Resized embeddings are saved in several forms, tied ones under two names
         embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
