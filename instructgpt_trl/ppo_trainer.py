@@ -39,6 +39,7 @@ from .data.pretraining import PretrainingStream, as_episodes
 from .data.prompt_datasets import check_prompts, drop_long_prompts
 from .functional import gae, policy_loss, token_rewards, value_loss
 from .models.ema import EMA
+from .models.folders import loading
 from .models.guards import first_not_finite, stop_unless_finite
 from .models.limits import RowLimit, freed_memory_reused
 from .models.loading import (
@@ -779,11 +780,15 @@ class PPOTrainer(ExactResume, RLOOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         folder = Path(resume_from_checkpoint)
         if self.ema is not None:
-            self._load_policy(folder / "ema")
+            with loading(str(folder / "ema")):
+                self._load_policy(folder / "ema")
             self.ema.copy_from_parameters()
-        self._load_policy(folder)
-        load_parameters(self._value_parameters, str(folder / VALUE_FILE))
-        self.kl_coef = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["kl_coef"]
+        with loading(str(folder)):
+            self._load_policy(folder)
+        with loading(str(folder / VALUE_FILE)):
+            load_parameters(self._value_parameters, str(folder / VALUE_FILE))
+        with loading(str(folder / STATE_FILE)):
+            self.kl_coef = float(json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["kl_coef"])
 
     def _datasets(self) -> dict[str, Any]:
         stream = self._ptx_stream

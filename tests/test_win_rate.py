@@ -335,7 +335,7 @@ def test_a_text_that_two_models_said_is_one_tie(tmp_path):
         ({"metadata": [{"hedges": "no"}, None]}, "expected true or false"),
         ({"metadata": [{"hedges": 5}, None]}, "expected true or false"),
         ({"category": ["qa", "chat"]}, "expected a text for `category`"),
-        ({"labeler_id": ["l"]}, "expected text or a whole number for `labeler_id`"),
+        ({"labeler_id": ["l"]}, "'labeler_id': expected text or a whole number"),
         ({"group": ["u"]}, "expected text or a whole number for `group`"),
     ],
 )
