@@ -5,6 +5,7 @@ says what it saw, the likely cause and the setting to try, once.
 Thresholds are ours: a healthy run of the demo or of SmolLM2 stays well away from them. Logs, not steps, are counted.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 FIRST, LAST = 3, 3  # logs that a start, and a change that is no chance, are measured over
-KL_A_TOKEN = 1.0  # nats: about e times as likely, token by token, as under the reference
+KL_A_TOKEN, KL_LEAST = 1.0, 5.0  # nats: e times as likely as under the reference, token by token; a completion
 JUMP, JUMP_LEAST = 5.0, 0.1  # times the highest of ten logs before, and nats a token
 COLLAPSED = 0.2  # of the entropy at the start
 EOS_LEAST = 0.1  # change of the share of completions that end
@@ -24,8 +25,8 @@ CLIPPED, CLIPPED_LONG = 0.3, 20  # mean share of tokens, logs; the first step of
 STILL, STILL_LONG = 1e-7, 20  # nats a completion, logs
 DROWNED, DROWNED_LONG = 50.0, 10  # times the other gradient, logs
 ALIKE, ALIKE_LONG = 1e-4, 5  # of the scores' own size, logs
-FELL = 0.1  # of what the gold figure has moved over
-DIVERGED, WINDOW = 2.0, 10  # times the lowest mean of so many logs
+FELL, NOISES, KNOWN = 0.1, 6.0, 10  # of what the gold figure has moved over, of its noise; logs to know that by
+DIVERGED, ROSE, WINDOW = 2.0, 0.1, 10  # times the lowest mean of so many logs, and nats above it
 
 History = list[dict[str, Any]]  # of each log its metrics, the oldest first
 
@@ -59,13 +60,16 @@ class AlarmCallback(TrainerCallback):
     def __init__(self, alarms: tuple[Alarm, ...], level: str):
         self.alarms, self.level = alarms if level != "none" else (), level
         self.given: dict[str, str] = {}  # name and message
+        self.begun = 0  # logs that are not looked at
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.given.clear()
+        # A run that an alarm has ended can go on, with other settings, if what is behind it is not seen again
+        self.begun = len(state.log_history) if self.level == "stop" else 0
 
     def on_log(self, args, state, control, **kwargs):
         for alarm in self.alarms:
-            if alarm.name in self.given or not (saw := alarm.saw(state.log_history)):
+            if alarm.name in self.given or not (saw := alarm.saw(state.log_history[self.begun :])):
                 continue
             self.given[alarm.name] = f"{alarm.name}: {saw}. Likely {alarm.cause}; try {alarm.setting}"
             if state.is_world_process_zero:
@@ -75,12 +79,16 @@ class AlarmCallback(TrainerCallback):
 
 
 def _values(history: History, name: str) -> list[float]:
-    return [row[name] for row in history if row.get(name) is not None]
+    return [row[name] for row in history if _is_number(row.get(name))]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _each(history: History, *names: str) -> list[tuple[float, ...]]:
     """Of the logs that have all of them."""
-    return [tuple(row[name] for name in names) for row in history if all(row.get(name) is not None for name in names)]
+    return [tuple(row[name] for name in names) for row in history if all(_is_number(row.get(name)) for name in names)]
 
 
 def _against_start(values: list[float], lower: float, upper: float) -> tuple[float, float] | None:
@@ -94,7 +102,7 @@ def _against_start(values: list[float], lower: float, upper: float) -> tuple[flo
 
 def kl_over_limit(history: History) -> str | None:
     for kl, length in _each(history, "objective/kl", "completions/mean_length")[-1:]:
-        if kl > KL_A_TOKEN * length:
+        if kl > max(KL_A_TOKEN * length, KL_LEAST):
             return f"objective/kl is {kl:.1f} nats over {length:.1f} tokens, more than {KL_A_TOKEN} a token"
     return None
 
@@ -147,19 +155,27 @@ def policy_still(history: History) -> str | None:
 
 
 def overoptimised(history: History) -> str | None:
-    """The score rises while a figure that the policy is not trained on, by its name gold or a win rate, falls."""
+    """
+    The score rises while a figure that the policy is not trained on, by its name gold or a win rate, falls: means of a
+    few logs, and by more than its noise, which second differences show whatever the trend.
+    """
     names = {name for row in history for name in row if "gold" in name or "win_rate" in name}
-    for name in sorted(names):
+    for name in sorted(name for name in names if "std" not in name):
         prefix = "eval_" if name.startswith("eval_") else ""
         found = _each(history, name, f"{prefix}objective/scores")
-        if len(found) <= LAST:
+        if len(found) < KNOWN:
             continue
-        golds = [gold for gold, _ in found]
+        golds, scores = (
+            [sum(column[i : i + LAST]) / LAST for i in range(len(found) - LAST + 1)]
+            for column in zip(*found, strict=True)
+        )
+        bends = [abs(a - 2 * b + c) for (a, _), (b, _), (c, _) in zip(found, found[1:], found[2:], strict=False)]
+        noise = sum(bends) / len(bends) / 1.954  # sqrt(6) sqrt(2 / pi), by which a normal one has this mean
         best = golds.index(max(golds))
-        limit = golds[best] - FELL * (max(golds) - min(golds))
-        if len(found) - best > LAST and all(gold < limit and score > found[best][1] for gold, score in found[-LAST:]):
-            rose = f"{prefix}objective/scores rose from {found[best][1]:.2f} to {found[-1][1]:.2f}"
-            return f"{rose} while {name} fell from {golds[best]:.2f} to {golds[-1]:.2f}"
+        limit = golds[best] - max(NOISES * noise, FELL * (max(golds) - min(golds)))
+        if golds[-1] < limit and scores[-1] > scores[best]:
+            rose = f"{prefix}objective/scores rose from {scores[best]:.2f} to {scores[-1]:.2f}"
+            return f"{rose} while {name} fell from {golds[best]:.2f} to {golds[-1]:.2f} (means of {LAST} logs)"
     return None
 
 
@@ -192,7 +208,7 @@ def reward_model_alike(history: History) -> str | None:
 def loss_rose(history: History) -> str | None:
     losses = _values(history, "loss")
     means = [sum(losses[i : i + WINDOW]) / WINDOW for i in range(len(losses) - WINDOW + 1)]
-    if means and means[-1] > DIVERGED * min(means):
+    if means and means[-1] > max(DIVERGED * min(means), min(means) + ROSE):
         return f"the mean loss of {WINDOW} logs went from {min(means):.2f} to {means[-1]:.2f}"
     return None
 

@@ -64,8 +64,11 @@ def flaw(folder: str | os.PathLike) -> str | None:
     """What is wrong with a checkpoint, to be read by people; none if every file is as it was written."""
     folder = Path(folder)
     try:
-        known = _manifest(folder)["files"]
-        sizes, digests = ({name: about[key] for name, about in known.items()} for key in ("bytes", "sha256"))
+        known = _manifest(folder)
+        sizes, digests = ({name: about[key] for name, about in known["files"].items()} for key in ("bytes", "sha256"))
+        if not all(isinstance(known[name], dict) for name in ("versions", "data", "settings")) or not sizes:
+            raise ValueError
+        known["trainer"], known["processes"]  # noqa: B018  a KeyError, if it lacks them
     except FileNotFoundError:
         return f"no {MANIFEST} is in it, so it was not finished, or another program wrote it"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -114,7 +117,11 @@ def check_checkpoint(folder: str | os.PathLike) -> str:
         logger.warning(f"{folder}: {reason}; whether its files are as they were written is not checked")
     check_folder(folder)
     _check_state(Path(folder, TRAINER_STATE_NAME))
-    if not any(Path(folder).glob("*optimizer*")) and not any(Path(folder).glob("global_step*")):  # or DeepSpeed's
+    deepspeed = any(Path(folder).glob("global_step*"))
+    for name in ("scheduler", "rng_state"):
+        if any(Path(folder).glob("*optimizer*")) and not any(Path(folder).glob(f"{name}*")):
+            raise InputError(f"{folder}: {name} is missing, so that no run can go on from it exactly; use one before")
+    if not any(Path(folder).glob("*optimizer*")) and not deepspeed:
         raise InputError(
             f"{folder}: the optimizer's state is not in it (save_only_model), so that no run can go on from it; to "
             f"train on from its weights, give the folder as the model"
@@ -253,9 +260,9 @@ class ExactResume:
 
     def _finish_checkpoint(self, run: Path, name: str) -> None:
         folder = run / UNFINISHED / name
-        best = self.state.best_model_checkpoint
-        if best is not None and Path(best).parent == run / UNFINISHED:  # this one
-            self.state.best_model_checkpoint = str(run / name)
+        best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if self.state.best_global_step and (best.name == name or best.is_dir()):  # the parent looks beside this one
+            self.state.best_model_checkpoint = str(best)
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         seal(folder, self._facts())
         if (run / name).exists():  # of an earlier run, or not whole

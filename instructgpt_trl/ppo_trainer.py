@@ -403,7 +403,7 @@ class PPOTrainer(ExactResume, RLOOTrainer):
         advantages, returns = gae(rewards, values, episodes["mask"], self.args.gamma, self.args.lam)
         kl = torch.where(episodes["mask"], logprobs - ref_logprobs, 0.0).sum(1)
         kl[~episodes["mask"].any(1)] = torch.nan  # nothing of it counts
-        if self._is_at_start:
+        if self._is_at_start and self.args.disable_dropout:
             check_first_kl(kl)
         self._log_rollout(episodes, rows, entropies, kl, scores, score_parts, values, returns, advantages)
         self._adapt_kl_coef(kl)
@@ -715,16 +715,17 @@ class PPOTrainer(ExactResume, RLOOTrainer):
             metrics[name].extend(column)  # the parent's mean over entries is the mean over completions
         metrics["objective/kl_coef"].append(self.kl_coef)
         self._tokens[mode].extend(tokens)
-        for name, numbers in self._pending_metrics.items():  # what reward functions gave to `log_metric`
-            metrics[name].extend(gather_object(numbers))
+        for name in sorted(set(gather_object(list(self._pending_metrics)))):  # what functions gave to `log_metric`
+            metrics[name].extend(gather_object(list(self._pending_metrics.get(name, []))))
         self._pending_metrics.clear()
         self._logs["prompt"].extend(line["prompt"] for line in lines)
         self._logs["completion"].extend(line["completion"] for line in lines)
         self._logs["advantages"].extend(summed)
         for name, column in zip(of_functions, columns[len(per_row) :], strict=True):
             self._logs["rewards"][name].extend(column)
-        for name, column in self._pending_extra_logs.items():  # and to `log_extra`
-            self._logs["extra"][name].extend(gather_object(column))
+        for name in sorted(set(gather_object(list(self._pending_extra_logs)))):  # and to `log_extra`
+            column = self._pending_extra_logs.get(name, [None] * len(rows))
+            self._logs["extra"][name].extend(gather_object(list(column)))
         self._pending_extra_logs.clear()
         if self.args.save_completions and self.is_world_process_zero():
             self._files[mode].append(lines)
@@ -814,10 +815,10 @@ class PPOTrainer(ExactResume, RLOOTrainer):
             self._limits[name].rows = min(rows, self._limits[name].rows)
         self._episodes = self._order = None
         file = of_process(folder, ROLLOUT, ".safetensors", self.args)
-        episodes = load_file(file, str(self.accelerator.device)) if file.is_file() else {"order": ()}
+        episodes = load_file(file) if file.is_file() else {"order": ()}
         if len(episodes["order"]) == self.args.per_device_train_batch_size * self.args.steps_per_generation:
-            self._order = episodes.pop("order").cpu()
-            self._episodes = episodes
+            self._order = episodes.pop("order")
+            self._episodes = {name: tensor.to(self.accelerator.device) for name, tensor in episodes.items()}
         return progress
 
     def _load_best_model(self) -> None:

@@ -49,15 +49,23 @@ SERIES = [
     ("pretraining gradient", {PTX: [1.0] * 10, POLICY: 51.0}, {PTX: [1.0] * 9, POLICY: 51.0}),
     ("scores alike", {STD: [0.0] * 5, SCORES: 3.0}, {STD: [0.0] * 4 + [0.01], SCORES: 3.0}),
     ("loss", {"loss": [1.0] * 10 + [2.1] * 10}, {"loss": [1.0] * 10 + [2.1] * 9}),
+    ("loss", {"loss": [0.01] * 10 + [0.12] * 10}, {"loss": [0.01] * 10 + [0.1] * 10}),
+    ("KL", {KL: [1, 2, 5.1], LENGTH: 1.0}, {KL: [1, 2, 5.0], LENGTH: 1.0}),
     (
         "overoptimisation",
-        {SCORES: [1, 2, 3, 4, 5, 6], "rewards/gold/mean": [1, 2, 3, 2.5, 2.0, 1.0]},
-        {SCORES: [1, 2, 3, 4, 5, 6], "rewards/gold/mean": [1, 2, 3, 2.9, 2.0, 1.0]},
+        {SCORES: list(range(10)), "rewards/gold/mean": [1, 2, 3, 4, 5, 5, 4, 3, 2, 1]},
+        {SCORES: [*range(7), 0, 0, 0], "rewards/gold/mean": [1, 2, 3, 4, 5, 5, 4, 3, 2, 1]},
     ),
     (
         "overoptimisation",
-        {"eval_objective/scores": [1, 2, 3, 4, 5], "eval_win_rate": [0.5, 0.7, 0.6, 0.6, 0.5]},
-        {"eval_objective/scores": [1, 2, 3, 2, 5], "eval_win_rate": [0.5, 0.7, 0.6, 0.6, 0.5]},
+        {
+            "eval_objective/scores": list(range(10)),
+            "eval_win_rate": [0.5, 0.6, 0.7, 0.8, 0.8, 0.8, 0.7, 0.6, 0.5, 0.4],
+        },
+        {
+            "eval_objective/scores": list(range(10)),
+            "eval_gold_std": [0.5, 0.6, 0.7, 0.8, 0.8, 0.8, 0.7, 0.6, 0.5, 0.4],
+        },
     ),
 ]
 
@@ -71,10 +79,21 @@ def test_thresholds_by_hand(name, trips, does_not):
     assert saw(rows(**does_not)) is None
 
 
+@pytest.mark.parametrize("noise", [0.05, 0.1, 0.5])
+def test_a_noisy_gold_figure_that_rises_is_no_alarm(noise):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        golds = torch.linspace(0, 1, 60) + noise * torch.randn(60, generator=generator)
+        logs = rows(**{"rewards/gold/mean": golds.tolist(), SCORES: torch.linspace(0, 5, 60).tolist()})
+        assert all(alarms.overoptimised(logs[:end]) is None for end in range(60))
+
+
 def test_nothing_is_seen_in_logs_without_numbers():
     for alarm in ALARMS.values():
         assert alarm.saw([]) is None
-        assert alarm.saw([{"objective/kl": None, "epoch": 1.0}] * 30) is None
+        for value in (None, "many", float("nan")):
+            columns = (KL, LENGTH, SCORES, STD, PTX, POLICY, "loss", "eval_gold", "policy/clipfrac")
+            assert alarm.saw([dict.fromkeys(columns, value)] * 30) is None
 
 
 def test_the_readme_has_every_alarm():
@@ -188,6 +207,9 @@ def test_the_level_stop_ends_the_run_with_a_checkpoint(folders, tmp_path):
     step = trainer.state.global_step
     assert "scores alike" in given(trainer) and step < 30
     assert (tmp_path / f"checkpoint-{step}").is_dir()
+    again = ppo(folders, tmp_path, likes_a, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step > step + 5  # what was seen before is not seen again
 
 
 def test_the_level_none_looks_at_nothing(folders, tmp_path, caplog):

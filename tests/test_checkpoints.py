@@ -56,7 +56,7 @@ def sealed(folder: Path) -> Path:
     (folder / "ema").mkdir(parents=True)
     (folder / "weights").write_bytes(b"12345")
     (folder / "ema" / "weights").write_bytes(b"67890")
-    seal(folder, {"step": 3})
+    seal(folder, {"step": 3, "trainer": "T", "processes": 1, "versions": {}, "data": {}, "settings": {}})
     return folder
 
 
@@ -72,6 +72,13 @@ def test_what_is_whole_has_no_flaw(tmp_path):
     }
 
 
+def rewrite(folder: Path, **changed) -> None:
+    """`checkpoint.json` with other values, or without one."""
+    known = {**json.loads((folder / "checkpoint.json").read_text()), **changed}
+    known = {name: value for name, value in known.items() if value is not ...}
+    (folder / "checkpoint.json").write_text(json.dumps(known))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -82,6 +89,9 @@ def test_what_is_whole_has_no_flaw(tmp_path):
         (lambda f: (f / "checkpoint.json").write_text('{"files": {"wei'), "checkpoint.json cannot be read"),
         (lambda f: (f / "checkpoint.json").write_text('{"files": [1]}'), "checkpoint.json cannot be read"),
         (lambda f: (f / "checkpoint.json").write_bytes(b"\xff\xfe"), "checkpoint.json cannot be read"),
+        (lambda f: rewrite(f, settings=None), "checkpoint.json cannot be read"),
+        (lambda f: rewrite(f, files={}), "checkpoint.json cannot be read"),
+        (lambda f: rewrite(f, trainer=...), "checkpoint.json cannot be read"),
     ],
 )
 def test_what_is_not_whole_is_said(tmp_path, change, message):
@@ -158,6 +168,25 @@ def test_leftovers_go_and_the_best_is_named_where_it_is(world, tmp_path):
     state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
     best = tmp_path / f"checkpoint-{state['best_global_step']}"
     assert state["best_model_checkpoint"] == str(best) and best.is_dir()
+
+
+@pytest.mark.parametrize("name", ["scheduler.pt", "rng_state.pth"])
+def test_what_a_run_cannot_go_on_without(run, name):
+    (run / "checkpoint-4" / name).unlink()
+    (run / "checkpoint-4" / "checkpoint.json").unlink()  # as of a program that writes none
+    with pytest.raises(InputError, match=f"checkpoint-4: {name.split('.')[0]} is missing"):
+        check_checkpoint(run / "checkpoint-4")
+
+
+def test_the_best_stays_when_the_run_moves(world, tmp_path):
+    """Its path is written down, and is another then."""
+    settings = dict(learning_rate=0.0, save_total_limit=2)  # the first is never beaten
+    world.trainer("sft", "lora", tmp_path / "here", max_steps=4, **settings).train()
+    (tmp_path / "here").rename(tmp_path / "there")
+    trainer = world.trainer("sft", "lora", tmp_path / "there", max_steps=6, **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "there" / "checkpoint-1")
+    assert (tmp_path / "there" / "checkpoint-1").is_dir() and (tmp_path / "there" / "checkpoint-6").is_dir()
 
 
 # Going on

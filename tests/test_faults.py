@@ -107,6 +107,7 @@ def test_a_disk_that_is_full(run, small_disk):
     goes_on(command, folder)
 
 
+@pytest.mark.slow
 def test_sigterm_ends_it_and_it_goes_on(run):
     folder, command = run
     process = until_saved(command, folder, 3)

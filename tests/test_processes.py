@@ -71,6 +71,13 @@ def test_only_the_first_process_writes(runs):
         assert len(set(prompts)) == 4
 
 
+def test_two_processes_go_on_inside_a_rollout_as_one_does(runs):
+    for processes, folder in runs.items():
+        found = [json.loads((folder / f"resumed-{rank}.json").read_text()) for rank in range(processes)]
+        assert found == [True] * processes
+        assert len(list((folder / "straight" / "checkpoint-1").glob("rollout*.safetensors"))) == processes
+
+
 def args(**own):
     kinds = {"world_size": 1, "output_dir": "out", "distributed_state": None}
     return SimpleNamespace(**{**kinds, **own})

@@ -77,6 +77,7 @@ async function flush() { // what was not confirmed, from before a crash and from
 function setSending(on) {
   sending = on;
   for (const button of document.querySelectorAll("#work button, #undo, #who, #again")) button.disabled = on || (button.id === "undo" && !last);
+  if (!on && task && work && !$("work").hidden) draw(); // which knows the buttons that lead nowhere
 }
 
 async function next(quiet) {
@@ -208,7 +209,7 @@ function drawRating() {
 // What is on its way stays as it was sent
 function rate(value) { if (!sending) { work.ratings[work.place] = value; keep(); } draw(); }
 function answer(name, value) { if (!sending) { work.metadata[work.place][name] = value; keep(); } draw(); }
-function goTo(k) { work.step = "rate"; work.place = k; keep(); draw(); }
+function goTo(k) { if (sending || !(k in task.outputs)) return; work.step = "rate"; work.place = k; keep(); draw(); }
 
 function forward() {
   if (work.ratings[work.place] === null) return say("rate this output first", true);

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
 from stages import STAGES, World  # which knows the way to tests/
@@ -68,6 +69,19 @@ def main(folder: Path, output: Path) -> None:
         if trainer.is_world_process_zero():
             save_file(gradients.found, own / "gradients.safetensors")
             (own / "log.json").write_text(json.dumps(trainer.state.log_history))
+    (output / f"resumed-{PartialState().process_index}.json").write_text(json.dumps(resumed(world, output, processes)))
+
+
+def resumed(world: World, output: Path, processes: int) -> bool:
+    """Whether a run that goes on from inside a rollout has the weights of one that did not stop."""
+    weights = []
+    for checkpoint in (None, str(output / "straight" / "checkpoint-1")):
+        settings = dict(use_cpu=True, max_steps=4, gradient_accumulation_steps=1, steps_per_generation=2)
+        settings |= dict(per_device_train_batch_size=MINIBATCH // processes, save_total_limit=None)
+        trainer = world.trainer("ppo", "lora", output / ("resumed" if checkpoint else "straight"), **settings)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        weights.append({name: parameter.detach().clone() for name, parameter in trainer._trained().items()})
+    return all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
 if __name__ == "__main__":
