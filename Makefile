@@ -1,5 +1,5 @@
 # make demo: the paper in miniature, offline, on two CPU cores. make test: the test suite; make test-all: with
-# five tests of benchmarks and comparisons of half a minute and more.
+# those of benchmarks, comparisons and faults that take half a minute and more.
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed

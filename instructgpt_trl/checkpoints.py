@@ -117,15 +117,16 @@ def check_checkpoint(folder: str | os.PathLike) -> str:
         logger.warning(f"{folder}: {reason}; whether its files are as they were written is not checked")
     check_folder(folder)
     _check_state(Path(folder, TRAINER_STATE_NAME))
-    deepspeed = any(Path(folder).glob("global_step*"))
-    for name in ("scheduler", "rng_state"):
-        if any(Path(folder).glob("*optimizer*")) and not any(Path(folder).glob(f"{name}*")):
-            raise InputError(f"{folder}: {name} is missing, so that no run can go on from it exactly; use one before")
-    if not any(Path(folder).glob("*optimizer*")) and not deepspeed:
+    if any(Path(folder).glob("global_step*")):  # DeepSpeed has files of its own
+        return folder
+    if not any(Path(folder).glob("*optimizer*")):
         raise InputError(
             f"{folder}: the optimizer's state is not in it (save_only_model), so that no run can go on from it; to "
             f"train on from its weights, give the folder as the model"
         )
+    for name in ("scheduler", "rng_state"):
+        if not any(Path(folder).glob(f"{name}*")):
+            raise InputError(f"{folder}: {name} is missing, so that no run can go on from it exactly; use one before")
     return folder
 
 
