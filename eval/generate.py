@@ -70,8 +70,9 @@ class Policy:
     ):
         device = PartialState().default_device
         with loading(path):
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-            self.model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map=device).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            options = {"dtype": "auto", "device_map": device, "trust_remote_code": False}
+            self.model = AutoModelForCausalLM.from_pretrained(path, **options).eval()
         self.batch_size, self.max_new_tokens, self.temperature = batch_size, max_new_tokens, temperature
         self.cut_at_newline, self.seed = cut_at_newline, seed
 

@@ -28,9 +28,10 @@ class LanguageModel(HFLM):
     """
 
     def __init__(self, path: str, batch_size: int = 8, **kwargs: Any):
-        kwargs = {"device_map": PartialState().default_device, **kwargs}
+        kwargs = {"device_map": PartialState().default_device, "trust_remote_code": False, **kwargs}
         with loading(path):
-            tokenizer = AutoTokenizer.from_pretrained(path)  # an adapter's folder has one too
+            # An adapter's folder has one too
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
         super().__init__(model.eval(), tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
         self.path = path if not Path(path).exists() else str(Path(path).resolve())

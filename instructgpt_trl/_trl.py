@@ -103,6 +103,7 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
         "_load_best_model",
         *RESUME,
     ),
+    "VLLMGeneration": ("_iter_named_params", "sync_weights", "generate"),
 }
 
 

@@ -1,6 +1,7 @@
 """What settings may be, one by one. The parents take most of their numbers as they come, negative ones and NaN too."""
 
 import dataclasses
+import inspect
 import json
 import math
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 from transformers import IntervalStrategy, SchedulerType
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
@@ -117,6 +119,22 @@ def check_settings(config: Any, own: Mapping[str, Range]) -> None:
         value = getattr(config, name, None)
         if value is not None and not _is_object(value):
             raise InputError(f"{name}={_short(value)}: expected an object, as in '{{\"key\": 1}}'; correct it")
+    _check_schedule(config)
+
+
+def _check_schedule(config: Any) -> None:
+    """Raise [`InputError`] if `lr_scheduler_kwargs` has a key that the schedule does not take."""
+    given = config.lr_scheduler_kwargs or {}
+    given = json.loads(given) if isinstance(given, str) else given
+    schedule = SchedulerType(config.lr_scheduler_type)
+    parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[schedule]).parameters.values()
+    own = {one.name for one in parameters} - {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    unknown = sorted(set(given) - own, key=str)
+    if unknown and not any(one.kind is one.VAR_KEYWORD for one in parameters):
+        takes = f"takes {', '.join(sorted(own))}" if own else "takes none"
+        raise InputError(
+            f"lr_scheduler_kwargs: {_short(str(unknown[0]))}, and the schedule {schedule.value} {takes}; correct it"
+        )
 
 
 def _is_object(value: Any) -> bool:

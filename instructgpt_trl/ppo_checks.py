@@ -2,7 +2,8 @@
 
 import torch
 from datasets import Dataset
-from transformers import ProcessorMixin
+from peft import PeftModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from .data import InputError
 from .models.rewards import is_model
@@ -52,11 +53,11 @@ def check_process(args: PPOConfig, rewards: int) -> None:
         )
 
 
-def check_generation(args: PPOConfig, has_adapters: bool) -> None:
-    if args.use_vllm and has_adapters:
+def check_generation(args: PPOConfig, model: PreTrainedModel | PeftModel) -> None:
+    if args.use_vllm and getattr(model, "is_quantized", False):
         raise InputError(
-            "use_vllm: TRL merges the adapter into the base for it and back, which is not exact, and reference, "
-            "reward model and value model stand on that base; leave it out, or train all weights"
+            "use_vllm: it takes the policy's adapter merged into the base, which in 4 or 8 bits would be another "
+            "policy; leave use_vllm out, or load the base without quantization"
         )
     if args.use_vllm and args.generation_micro_batch_size:
         raise InputError("generation_micro_batch_size: vLLM makes its batches itself; leave it out")

@@ -1,12 +1,19 @@
-"""What PPO logs of a rollout, as functions of its tensors. Shapes: B completions, T tokens of the longest."""
+"""
+What PPO logs of a rollout: functions of its tensors, and the part of the trainer that brings them to its logs.
 
+Shapes: B completions, T tokens of the longest, F reward functions.
+"""
+
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from .data.episodes import Episodes
+from .processes import of_all
 
 
 def per_completion(
@@ -75,3 +82,63 @@ def completion_rows(
 
 def _number(x: Tensor) -> float | None:
     return None if x.isnan() else x.item()
+
+
+class RolloutLog:
+    """The part of [`PPOTrainer`] that logs rollouts, of all processes together. Overrides: `log`."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the parent's, but several evaluation sets have names of their own: `eval_<set>_objective/scores`."""
+        self._log_spread("train" if self.model.training else "eval")
+        if self._evaluated and not self.model.training:
+            renamed = {f"{self._evaluated}_{name}": rows for name, rows in self._metrics["eval"].items()}
+            self._metrics["eval"] = defaultdict(list, renamed)
+        super().log(logs, start_time)
+
+    def _log_rollout(self, episodes, rows, entropies, kl, scores, parts, values, returns, advantages) -> None:
+        mode = "train" if self.model.training else "eval"
+        metrics, mask = self._metrics[mode], episodes["mask"]
+        of_functions = dict(zip(self.reward_func_names, parts.T, strict=True))
+        metrics["completions/mean_length"].pop()  # the parent's, a mean of the batch, which may be the small last one
+        per_row = per_completion(episodes, entropies, kl, scores, self.kl_coef)
+        if self.roles.reference is None:
+            kl = None
+            del per_row["objective/kl"]
+        where = {"step": self.state.global_step}
+        if mode == "eval" and self._evaluated:
+            where["dataset"] = self._evaluated
+        columns = per_row | {f"rewards/{name}/mean": x for name, x in of_functions.items()}
+        columns = zip(*(column.tolist() for column in (*columns.values(), advantages.sum(1))), strict=True)
+        lines = completion_rows(where, rows, scores, kl, of_functions)
+        tokens = [torch.stack([r[m], v[m]]).cpu() for r, v, m in zip(returns, values, mask, strict=True)]
+        own = list(zip(columns, lines, tokens, strict=True))
+        columns, lines, tokens = zip(*of_all(self.accelerator, own, self.model.training), strict=True)
+        *columns, summed = zip(*columns, strict=True)
+        names = [*per_row, *(f"rewards/{name}/mean" for name in of_functions)]
+        for name, column in zip(names, columns, strict=True):
+            metrics[name].extend(column)  # the parent's mean over entries is the mean over completions
+        metrics["objective/kl_coef"].append(self.kl_coef)
+        self._tokens[mode].extend(tokens)
+        for name in sorted(set(gather_object(list(self._pending_metrics)))):  # what functions gave to `log_metric`
+            metrics[name].extend(gather_object(list(self._pending_metrics.get(name, []))))
+        self._pending_metrics.clear()
+        self._logs["prompt"].extend(line["prompt"] for line in lines)
+        self._logs["completion"].extend(line["completion"] for line in lines)
+        self._logs["advantages"].extend(summed)
+        for name, column in zip(of_functions, columns[len(per_row) :], strict=True):
+            self._logs["rewards"][name].extend(column)
+        for name in sorted(set(gather_object(list(self._pending_extra_logs)))):  # and to `log_extra`
+            column = self._pending_extra_logs.get(name, [None] * len(rows))
+            self._logs["extra"][name].extend(gather_object(list(column)))
+        self._pending_extra_logs.clear()
+        if self.args.save_completions and self.is_world_process_zero():
+            self._files[mode].append(lines)
+
+    def _log_spread(self, mode: str) -> None:
+        """What is not a mean: these two are of all completions since the last log, not means over batches."""
+        metrics = self._metrics[mode]
+        found = {"objective/scores_std": spread(metrics.get("objective/scores", []))}
+        if self._tokens[mode]:
+            found["value/explained_variance"] = explained_variance(*torch.cat(self._tokens[mode], dim=1))
+            self._tokens[mode].clear()
+        metrics.update({name: [value] for name, value in found.items() if value is not None})

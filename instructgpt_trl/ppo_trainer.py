@@ -1,7 +1,6 @@
 """PPO with a learned reward model, a value model and pretraining gradients, on TRL's online trainer."""
 
 import copy
-import json
 import os
 import time
 from collections import defaultdict
@@ -15,7 +14,6 @@ import torch
 from accelerate.utils import gather_object, set_seed
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     BitsAndBytesConfig,
@@ -30,7 +28,6 @@ from trl import RLOOTrainer
 from . import alarms
 from ._trl import add_fused_lm_head, cache_with_room, get_config_model_id, preserved_rng, sampled_by_cdf
 from .alarms import AlarmCallback
-from .checkpoints import ExactResume, of_process
 from .data import InputError, check_output_dir, check_rows, check_tokenizers, encode_prompt
 from .data.completions import CompletionsFile
 from .data.encoding import turn_end
@@ -39,7 +36,6 @@ from .data.pretraining import PretrainingStream, as_episodes
 from .data.prompt_datasets import check_prompts, drop_long_prompts
 from .functional import gae, policy_loss, token_rewards, value_loss
 from .models.ema import EMA
-from .models.folders import loading
 from .models.guards import first_not_finite, stop_unless_finite
 from .models.limits import RowLimit, freed_memory_reused
 from .models.loading import (
@@ -50,18 +46,12 @@ from .models.loading import (
     load_tokenizer,
     warn_beyond_context,
 )
-from .models.lora import merged_lora
+from .models.lora import check_start, merged_lora, merged_parameters
 from .models.reward_examples import read_examples
 from .models.reward_parts import reward_parts
 from .models.rewards import ModelReward, all_rewards, finite_reward, is_model
-from .models.roles import (
-    Role,
-    build_roles,
-    disable_dropout,
-    load_adapter_weights,
-    load_parameters,
-    save_parameters,
-)
+from .models.role_building import build_roles
+from .models.roles import Role, disable_dropout
 from .ppo_checks import (
     check_arguments,
     check_batches,
@@ -72,15 +62,13 @@ from .ppo_checks import (
     too_small,
 )
 from .ppo_config import PPOConfig
-from .ppo_metrics import completion_rows, explained_variance, per_completion, spread
-from .processes import check_launch, of_all, same_in_all, sum_over_all, whiten_over_all
+from .ppo_metrics import RolloutLog
+from .ppo_saving import PPOSaving, StepCallback
+from .processes import check_launch, same_in_all, sum_over_all, whiten_over_all
 
 logger = logging.get_logger(__name__)
 
-VALUE_FILE = "value_model.safetensors"
 _REWARD_ARGUMENTS = ("prompts", "completions")  # TRL's own; columns of these names cannot be passed to functions
-STATE_FILE = "ppo_state.json"
-ROLLOUT = "rollout"  # file of a checkpoint inside a rollout
 # Of `model_init_kwargs`, what a reward model on a base of its own does not get; its quantisation is in its folder
 _OF_THE_POLICY = ("revision", "code_revision", "subfolder", "variant", "gguf_file", "quantization_config")
 _GRADIENTS = {
@@ -91,7 +79,7 @@ _GRADIENTS = {
 COMPLETIONS_FILES = {"train": "completions.jsonl", "eval": "eval_completions.jsonl"}
 
 
-class PPOTrainer(ExactResume, RLOOTrainer):
+class PPOTrainer(RolloutLog, PPOSaving, RLOOTrainer):
     """
     Trainer for PPO and PPO-ptx as in InstructGPT [P 3.5, C.4, Eq. 2].
 
@@ -117,7 +105,8 @@ class PPOTrainer(ExactResume, RLOOTrainer):
     Overrides: `__init__`, `train`, `evaluate`, `log`, `training_step`, `prediction_step`, `create_optimizer`,
     `create_scheduler`, and of the private methods `_get_train_sampler`, `_tokenize_prompts`,
     `_generate_single_turn`, `_prepare_inputs`, `_clip_grad_norm`, `_save`, `_load_from_checkpoint`,
-    `_load_best_model`, and those of [`ExactResume`]; calls `_generate` and `_calculate_rewards`.
+    `_load_best_model`, and those of [`ExactResume`]; calls `_generate` and `_calculate_rewards`. With vLLM its
+    `VLLMGeneration._iter_named_params` too.
 
     Several processes (`accelerate launch --num_processes N`) share each minibatch: every one samples by its own seed
     and adds its part of the gradients, of means over the tokens of all; whitening, metrics and `completions.jsonl`
@@ -159,7 +148,7 @@ class PPOTrainer(ExactResume, RLOOTrainer):
         rewards = all_rewards(reward_funcs, reward_model)
         check_arguments(model, args, rewards, train_dataset, processing_class, optimizers)
         args = args or PPOConfig(f"{_name_of(model)}-PPO")
-        check_launch(args)
+        check_launch(args, eval_dataset)
         check_process(args, len(rewards))
         train_dataset = check_prompts(train_dataset, "train_dataset")
         eval_dataset = _each(eval_dataset, check_prompts)
@@ -187,7 +176,10 @@ class PPOTrainer(ExactResume, RLOOTrainer):
                 check_tokenizers(
                     processing_class, part.tokenizer, ("the policy", part.path or f"reward model {index}")
                 )
-            check_generation(args, isinstance(model, PeftModel) or peft_config is not None)
+            own = model.peft_config.values() if isinstance(model, PeftModel) else ()
+            for config in (peft_config, *own, *(part.config for part in parts)):
+                check_start(config)
+            check_generation(args, model)
             warn_beyond_context(model.config, args.max_prompt_length, args.max_completion_length)
             template = args.chat_template_kwargs or {}
             self._short = partial(
@@ -222,6 +214,8 @@ class PPOTrainer(ExactResume, RLOOTrainer):
             for name in _OF_THE_POLICY:
                 kwargs.pop(name, None)
             self._set_up_roles(parts, peft_config, kwargs)
+            if self.use_vllm:
+                self._set_up_vllm()
             self._set_up_state(ptx_dataset)
 
     # Set-up
@@ -232,13 +226,9 @@ class PPOTrainer(ExactResume, RLOOTrainer):
             return
         end = turn_end(self._tokenizer, **self.chat_template_kwargs)
         if end is not None and end not in self.eos_token_ids:
-            if self.args.use_vllm:
-                raise InputError(
-                    "use_vllm: vLLM stops at the model's EOS alone, and this chat template ends turns with another "
-                    "token; leave use_vllm out"
-                )
             self.eos_token_ids = [*self.eos_token_ids, end]
-            self.generation_config.eos_token_id = self.eos_token_ids
+            if not self.use_vllm:
+                self.generation_config.eos_token_id = self.eos_token_ids
 
     def _set_up_roles(self, parts: list, peft_config: PeftConfig | None, kwargs: dict[str, Any]) -> None:
         has_reference = self.beta != 0
@@ -265,6 +255,24 @@ class PPOTrainer(ExactResume, RLOOTrainer):
         self._value_parameters = {k: p for k, p in self.roles.value.parameters().items() if p.requires_grad}
         # The parent has seeded each process otherwise
         same_in_all(self.accelerator, [parameter.data for parameter in self._trained().values()])
+
+    def _set_up_vllm(self) -> None:
+        """
+        It ends completions where the policy's end, whatever it reads from the model's files, and gets an adapter in
+        copies: TRL merges it into the base and subtracts it again, by whose rounding all that stands there would move.
+        """
+        vllm, policy = self.vllm_generation, self.roles.policy
+        vllm.generation_kwargs = {"stop_token_ids": self.eos_token_ids, **vllm.generation_kwargs}
+        if policy.adapter is not None:
+            own = {id(parameter) for parameter in policy.parameters().values()}
+            ends = (policy.model.get_input_embeddings(), policy.model.get_output_embeddings())
+            if any(id(parameter) in own for module in ends for parameter in module.parameters()):
+                raise InputError(
+                    "use_vllm: the adapter trains embeddings or the LM head, which vLLM ties to each other where the "
+                    "base does, and PEFT does not; leave them out of target_modules, modules_to_save and "
+                    "trainable_token_indices"
+                )
+            vllm._iter_named_params = partial(merged_parameters, policy.network, policy.adapter)
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
         roles = {"policy": self._policy_parameters, "value": self._value_parameters}
@@ -302,7 +310,7 @@ class PPOTrainer(ExactResume, RLOOTrainer):
             # The policy's fused head divides by the sampling temperature; the language-model loss must not
             self._ptx_model = copy.copy(model)
             add_fused_lm_head(self._ptx_model, temperature=1.0)
-        self.add_callback(_StepCallback(self))
+        self.add_callback(StepCallback(self))
         self.add_callback(AlarmCallback(alarms.PPO, args.alarms))
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -372,7 +380,7 @@ class PPOTrainer(ExactResume, RLOOTrainer):
     def train(self, *args, **kwargs):
         """As the parent's, from the seed of the config, whatever ran before, once start-up checks have passed."""
         self._check_rewards()
-        self._trainings += 1
+        self._last_loaded_step = -1  # what vLLM has is of another training, or of its end
         set_seed(self.args.seed, device_specific=True)
         with freed_memory_reused():
             output = super().train(*args, **kwargs)
@@ -641,15 +649,10 @@ class PPOTrainer(ExactResume, RLOOTrainer):
             self._evaluated = metric_key_prefix.removeprefix("eval").removeprefix("_")
             if not isinstance(eval_dataset, str):
                 eval_dataset = _each(_each(eval_dataset, check_prompts), self._short)
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the parent's, but several evaluation sets have names of their own: `eval_<set>_objective/scores`."""
-        self._log_spread("train" if self.model.training else "eval")
-        if self._evaluated and not self.model.training:
-            renamed = {f"{self._evaluated}_{name}": rows for name, rows in self._metrics["eval"].items()}
-            self._metrics["eval"] = defaultdict(list, renamed)
-        super().log(logs, start_time)
+            try:
+                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            finally:
+                self._last_loaded_step = -1  # whatever was evaluated, it need not be what comes next
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None) -> tuple[None, None, None]:
         """Evaluation is a rollout: its scores, KL and lengths are the metrics."""
@@ -666,7 +669,7 @@ class PPOTrainer(ExactResume, RLOOTrainer):
         # `generate` fills what the trainer's config leaves open from the model's own, which may cut the distribution
         policy = self.roles.policy
         with policy.active(), sampled_by_cdf(), _restored(policy.model, "generation_config"), ExitStack() as inside:
-            if self._spends_memory:
+            if self._spends_memory and not self.use_vllm:
                 # A decoding step is many small products, twice to three times as many with the adapter beside
                 inside.enter_context(merged_lora(policy.network, policy.adapter))
                 inside.enter_context(cache_with_room())
@@ -689,55 +692,7 @@ class PPOTrainer(ExactResume, RLOOTrainer):
             )
         return completion_ids
 
-    # Metrics and completions
-
-    def _log_rollout(self, episodes, rows, entropies, kl, scores, parts, values, returns, advantages) -> None:
-        mode = "train" if self.model.training else "eval"
-        metrics, mask = self._metrics[mode], episodes["mask"]
-        of_functions = dict(zip(self.reward_func_names, parts.T, strict=True))
-        metrics["completions/mean_length"].pop()  # the parent's, a mean of the batch, which may be the small last one
-        per_row = per_completion(episodes, entropies, kl, scores, self.kl_coef)
-        if self.roles.reference is None:
-            kl = None
-            del per_row["objective/kl"]
-        where = {"step": self.state.global_step}
-        if mode == "eval" and self._evaluated:
-            where["dataset"] = self._evaluated
-        columns = per_row | {f"rewards/{name}/mean": x for name, x in of_functions.items()}
-        columns = zip(*(column.tolist() for column in (*columns.values(), advantages.sum(1))), strict=True)
-        lines = completion_rows(where, rows, scores, kl, of_functions)
-        tokens = [torch.stack([r[m], v[m]]).cpu() for r, v, m in zip(returns, values, mask, strict=True)]
-        own = list(zip(columns, lines, tokens, strict=True))
-        columns, lines, tokens = zip(*of_all(self.accelerator, own, self.model.training), strict=True)
-        *columns, summed = zip(*columns, strict=True)
-        names = [*per_row, *(f"rewards/{name}/mean" for name in of_functions)]
-        for name, column in zip(names, columns, strict=True):
-            metrics[name].extend(column)  # the parent's mean over entries is the mean over completions
-        metrics["objective/kl_coef"].append(self.kl_coef)
-        self._tokens[mode].extend(tokens)
-        for name in sorted(set(gather_object(list(self._pending_metrics)))):  # what functions gave to `log_metric`
-            metrics[name].extend(gather_object(list(self._pending_metrics.get(name, []))))
-        self._pending_metrics.clear()
-        self._logs["prompt"].extend(line["prompt"] for line in lines)
-        self._logs["completion"].extend(line["completion"] for line in lines)
-        self._logs["advantages"].extend(summed)
-        for name, column in zip(of_functions, columns[len(per_row) :], strict=True):
-            self._logs["rewards"][name].extend(column)
-        for name in sorted(set(gather_object(list(self._pending_extra_logs)))):  # and to `log_extra`
-            column = self._pending_extra_logs.get(name, [None] * len(rows))
-            self._logs["extra"][name].extend(gather_object(list(column)))
-        self._pending_extra_logs.clear()
-        if self.args.save_completions and self.is_world_process_zero():
-            self._files[mode].append(lines)
-
-    def _log_spread(self, mode: str) -> None:
-        """What is not a mean: these two are of all completions since the last log, not means over batches."""
-        metrics = self._metrics[mode]
-        found = {"objective/scores_std": spread(metrics.get("objective/scores", []))}
-        if self._tokens[mode]:
-            found["value/explained_variance"] = explained_variance(*torch.cat(self._tokens[mode], dim=1))
-            self._tokens[mode].clear()
-        metrics.update({name: [value] for name, value in found.items() if value is not None})
+    # Numbers
 
     def _adapt_kl_coef(self, kl: torch.Tensor) -> None:
         """[L] AdaptiveKLController: raise `beta` while the KL is over its target, lower it while it is under."""
@@ -760,100 +715,6 @@ class PPOTrainer(ExactResume, RLOOTrainer):
     def stop_unless_finite(self, tensor: torch.Tensor, what: str) -> None:
         """As the function of this name, with the step, and what to look at."""
         stop_unless_finite(tensor, what, self.state.global_step, "look at completions.jsonl")
-
-    # Saving
-
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        """The policy at the root, its average in `ema/`, the value model and the KL coefficient beside them."""
-        output_dir = output_dir or self.args.output_dir
-        self._save_policy(output_dir)
-        if self.ema is not None:
-            with self.ema.applied():
-                self._save_policy(os.path.join(output_dir, "ema"))
-        save_parameters(self._value_parameters, os.path.join(output_dir, VALUE_FILE))
-        Path(output_dir, STATE_FILE).write_text(json.dumps({"kl_coef": self.kl_coef}), encoding="utf-8")
-
-    def _save_policy(self, output_dir: str) -> None:
-        adapters = {"selected_adapters": ["default"]} if isinstance(self.model, PeftModel) else {}
-        self.model.save_pretrained(output_dir, **adapters)
-        self.processing_class.save_pretrained(output_dir)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        folder = Path(resume_from_checkpoint)
-        if self.ema is not None:
-            with loading(str(folder / "ema")):
-                self._load_policy(folder / "ema")
-            self.ema.copy_from_parameters()
-        with loading(str(folder)):
-            self._load_policy(folder)
-        with loading(str(folder / VALUE_FILE)):
-            load_parameters(self._value_parameters, str(folder / VALUE_FILE))
-        with loading(str(folder / STATE_FILE)):
-            self.kl_coef = float(json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["kl_coef"])
-
-    def _datasets(self) -> dict[str, Any]:
-        stream = self._ptx_stream
-        return {**super()._datasets(), **({} if stream is None else {"ptx_dataset": stream.blocks})}
-
-    @property
-    def _is_inside_rollout(self) -> bool:
-        return self._step % (self.args.steps_per_generation * self.num_iterations) != 0
-
-    def _progress(self) -> dict[str, Any]:
-        return {**super()._progress(), "rows": {name: limit.rows for name, limit in self._limits.items()}}
-
-    def _save_progress(self, folder: Path) -> None:
-        """The rollout too, where some of it is still to be trained on."""
-        super()._save_progress(folder)
-        if self._is_inside_rollout:
-            episodes = {name: tensor.contiguous() for name, tensor in self._episodes.items()}
-            save_file({**episodes, "order": self._order}, of_process(folder, ROLLOUT, ".safetensors", self.args))
-
-    def _load_progress(self, folder: Path) -> dict[str, Any]:
-        progress = super()._load_progress(folder)
-        for name, rows in progress.get("rows", {}).items():
-            self._limits[name].rows = min(rows, self._limits[name].rows)
-        self._episodes = self._order = None
-        file = of_process(folder, ROLLOUT, ".safetensors", self.args)
-        episodes = load_file(file) if file.is_file() else {"order": ()}
-        if len(episodes["order"]) == self.args.per_device_train_batch_size * self.args.steps_per_generation:
-            self._order = episodes.pop("order")
-            self._episodes = {name: tensor.to(self.accelerator.device) for name, tensor in episodes.items()}
-        return progress
-
-    def _load_best_model(self) -> None:
-        """All of that checkpoint, so that average and value model belong to the policy they are saved with."""
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _load_policy(self, folder: Path) -> None:
-        if isinstance(self.model, PeftModel):
-            load_adapter_weights(self.model, "default", load_file(folder / "adapter_model.safetensors"))
-        else:
-            super()._load_from_checkpoint(str(folder), self.model)
-
-
-class _StepCallback(TrainerCallback):
-    """Moves the average after each optimizer step, and goes on from a resumed step."""
-
-    def __init__(self, trainer: PPOTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer._step = state.global_step * args.gradient_accumulation_steps
-        if state.global_step % self.trainer._steps_per_update and self.trainer._episodes is None:
-            logger.warning(
-                f"step {state.global_step} is inside a rollout of {self.trainer._steps_per_update} steps, which is "
-                f"not in the checkpoint or of another size: its completions are sampled anew"
-            )
-        if args.save_completions and self.trainer.is_world_process_zero():
-            step = state.global_step
-            self.trainer._files["train"].start(step)
-            # An evaluation may come before the training, and comes before the checkpoint of its step
-            self.trainer._files["eval"].start(step and step + 1, keep_baseline=True)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.trainer.ema is not None:
-            self.trainer.ema.update()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
+from datasets import IterableDataset
 from torch import Tensor
 
 from .data import InputError
@@ -15,18 +16,25 @@ from .functional import whiten
 UNTESTED = "INSTRUCTGPT_TRL_UNTESTED"
 
 
-def check_launch(args: Any) -> None:
+def check_launch(args: Any, eval_dataset: Any = None) -> None:
     """
     Refuse a way of starting several processes that would go wrong later, or that nobody has tried.
 
     Raises:
-        [`InputError`]: the launcher's processes do not know of each other; DeepSpeed or FSDP.
+        [`InputError`]: the launcher's processes do not know of each other; DeepSpeed or FSDP; an evaluation set that
+            is a stream, whose last rows would count twice.
     """
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched > args.world_size:  # accelerate joins them for GPUs, and on a CPU if it is told that it is one
         raise InputError(
             f"{launched} processes were launched, and each would train alone into {args.output_dir}: set use_cpu to "
             f"true on a machine without GPUs, or launch one process"
+        )
+    streams = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    if args.world_size > 1 and any(isinstance(stream, IterableDataset) for stream in streams):
+        raise InputError(
+            f"eval_dataset: a stream, whose last rows {args.world_size} processes would count twice; load it without "
+            f"streaming"
         )
     kind = getattr(args.distributed_state, "distributed_type", None)
     if kind in ("DEEPSPEED", "FSDP") and os.environ.get(UNTESTED) != "1":

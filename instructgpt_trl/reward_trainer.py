@@ -16,7 +16,6 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from . import alarms
 from ._trl import preserved_rng
 from .alarms import AlarmCallback
-from .checkpoints import ExactResume
 from .data import InputError, check_output_dir, check_rows
 from .data.formats import by_prompt, split_by_length
 from .data.rankings import DataCollatorForRanking, check_rankings, prepare_rankings
@@ -32,6 +31,7 @@ from .models.reward_model import RewardModel
 from .models.reward_network import head_of, load_reward_network, pool_by_length, scalar_config
 from .models.sharing import attention_length, network_inputs
 from .processes import check_launch
+from .resume import ExactResume
 from .reward_config import RewardConfig
 from .reward_metrics import STATS, metrics_of, prompt_stats
 
@@ -105,7 +105,7 @@ class RewardTrainer(ExactResume, trl.RewardTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
             args = RewardConfig(f"{Path(name).name}-Reward")
-        check_launch(args)
+        check_launch(args, eval_dataset)
         check_output_dir(args.output_dir)
         train_dataset, eval_dataset = _check_early(train_dataset, eval_dataset)
         if demonstration_dataset is not None:

@@ -14,6 +14,7 @@ import trl
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
 from peft import PeftConfig, PeftModel
 from tqdm.auto import tqdm
 from transformers import (
@@ -33,9 +34,9 @@ from trl.models import unwrap_model_for_generation
 from . import alarms
 from ._trl import get_config_model_id, lm_head_tiles, preserved_rng
 from .alarms import AlarmCallback
-from .checkpoints import ExactResume
 from .data import InputError, check_output_dir, check_rows, check_tokenizers, encode_prompt, pack_texts
 from .data.demonstrations import IMAGES, check_demonstrations, columns_of, cut_report, mix
+from .data.encoding import in_row, render
 from .data.formats import by_prompt, split_by_length
 from .data.rows import Text
 from .models.completions import greedy_completions
@@ -46,6 +47,7 @@ from .models.limits import freed_memory_reused
 from .models.loading import context_length, float32_adapters, is_adapter, keep_gradients, load_policy
 from .models.lora import fuse_lora, without_casts
 from .processes import check_launch
+from .resume import ExactResume
 from .sft_config import SFTConfig
 
 if TYPE_CHECKING:
@@ -119,7 +121,7 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
         prompt_dataset: Rows | None = None,
     ):
         args = _as_sft_config(args, model)
-        check_launch(args)
+        check_launch(args, eval_dataset)
         check_output_dir(args.output_dir)
         train_dataset = _checked(train_dataset, "train_dataset", args, formatting_func)
         eval_dataset = _checked(eval_dataset, "eval_dataset", args, formatting_func)
@@ -229,6 +231,19 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
         formatting_func: Callable[[dict], str] | None,
         dataset_name: str,
     ) -> Rows:
+        try:
+            return self._prepared(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        except TemplateError as error:  # of TRL's own rendering, which does not say where
+            for index, row in enumerate(dataset):
+                talk = row.get("messages") or [*(row.get("prompt") or []), *(row.get("completion") or [])]
+                with in_row(f"{dataset_name}_dataset", index):
+                    render(processing_class, talk)
+            raise InputError(
+                f"{dataset_name}_dataset: the chat template fails ({error}); correct chat_template in the tokenizer's "
+                f"files"
+            ) from error
+
+    def _prepared(self, dataset, processing_class, args, packing, formatting_func, dataset_name) -> Rows:
         if isinstance(dataset, IterableDataset):  # cut while it is read
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         # First without any cut, to report what the cut will do; the parent recognises encoded rows and only cuts them

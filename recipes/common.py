@@ -212,7 +212,7 @@ def loading(what: str) -> Iterator[None]:
     except (InputError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:600]
         raise InputError(f"{what} cannot be loaded: {type(error).__name__}, {reason}; save it again") from error
 
 

@@ -23,7 +23,9 @@ LAYERS = (
     ("data",),
     ("models", "config_checks"),
     ("sft_config", "reward_config", "ppo_config", "memory"),
-    ("alarms", "checkpoints", "processes", "ppo_checks", "ppo_metrics", "reward_metrics"),
+    ("alarms", "checkpoints", "processes", "ppo_checks", "reward_metrics"),
+    ("resume", "ppo_metrics"),
+    ("ppo_saving",),
     ("sft_trainer", "reward_trainer", "ppo_trainer"),
     ("",),  # __init__.py
 )
@@ -206,6 +208,7 @@ def test_third_party_imports_are_declared():
     """A module that is neither Python's own, ours, nor installed with the package would fail on a fresh machine."""
     declared = {"torch", "trl", "transformers", "peft", "accelerate", "datasets", "psutil", "safetensors"}
     brought = {"numpy", "tqdm", "yaml", "huggingface_hub", "tokenizers"}  # required by transformers
+    brought |= {"filelock", "jinja2"}  # required by torch
     options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     named = {
         re.match(r"[\w-]+", one)[0].replace("-", "_") for kind in ("quant", "eval", "data") for one in options[kind]

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from faults.bad_inputs import CONFIGS, ROWS, Bad, Folders, bad_checkpoints, bad_folders, examples
+from faults.bad_configs import CONFIGS
+from faults.bad_folders import Folders, bad_checkpoints, bad_folders
+from faults.bad_inputs import Bad, examples
+from faults.bad_rows import ROWS
 from faults.stages import World
 from transformers import Trainer
 

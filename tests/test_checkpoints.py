@@ -1,7 +1,10 @@
 """Checkpoints that are whole or not there; runs that go on exactly, or say why not."""
 
+import errno
+import fcntl
 import json
 import logging
+import os
 import pickle
 import re
 import shutil
@@ -13,10 +16,10 @@ import pytest
 import torch
 from conftest import make_tokenizer
 from faults.stages import STEPS, World, differences, result_of
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
-from instructgpt_trl import SFTTrainer, checkpoints
-from instructgpt_trl.checkpoints import check_checkpoint, flaw, last_checkpoint, seal
+from instructgpt_trl import SFTTrainer, resume
+from instructgpt_trl.checkpoints import LOCK, check_checkpoint, flaw, last_checkpoint, only_run, seal
 from instructgpt_trl.data import InputError
 
 KILL = Path(__file__).parent / "faults" / "kill.py"
@@ -119,6 +122,61 @@ def test_the_last_whole_one_is_taken(tmp_path, warnings_of):
     assert last_checkpoint(tmp_path / "nowhere") is None
 
 
+# A folder is one run's
+
+
+def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(world, tmp_path):
+    class Second(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            (Path(args.output_dir) / ".unfinished-checkpoint").mkdir(exist_ok=True)
+            with pytest.raises(InputError, match=f"{tmp_path}: another run is training into this folder"):
+                world.trainer("reward", "lora", tmp_path).train()
+            assert (Path(args.output_dir) / ".unfinished-checkpoint").is_dir()  # which may be the first's
+            refused.append(state.global_step)
+
+    refused = []
+    trainer = world.trainer("sft", "lora", tmp_path, max_steps=2)
+    trainer.add_callback(Second())
+    trainer.train()
+    assert refused == [1, 2] and flaw(tmp_path / "checkpoint-2") is None
+    assert not list(tmp_path.glob("*.lock"))
+    trainer.train()  # and it is free again
+
+
+def test_a_killed_run_holds_no_folder(tmp_path):
+    code = f"import os, signal\nfrom instructgpt_trl.checkpoints import only_run\nwith only_run({str(tmp_path)!r}):\n"
+    done = subprocess.run([sys.executable, "-c", code + "    os.kill(os.getpid(), signal.SIGKILL)"])
+    assert done.returncode == -9 and (tmp_path / LOCK).exists()
+    with only_run(tmp_path):
+        pass
+
+
+def test_a_forked_process_that_ends_leaves_the_lock(tmp_path):
+    child = None
+    try:
+        with only_run(tmp_path):
+            child = os.fork()
+            if child == 0:
+                raise SystemExit
+            os.waitpid(child, 0)
+            with pytest.raises(InputError, match="another run is training"), only_run(tmp_path):
+                pass
+    finally:
+        if child == 0:
+            os._exit(0)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EINVAL])
+def test_a_file_system_without_locks_is_trained_on_all_the_same(tmp_path, monkeypatch, warnings_of, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with only_run(tmp_path):
+        pass
+    assert f"{tmp_path} cannot be locked against a second run" in warnings_of()
+
+
 # Writing
 
 
@@ -148,13 +206,13 @@ def test_a_checkpoint_that_fails_leaves_none_and_those_before(world, tmp_path, m
 
 def test_the_one_before_goes_behind_the_renaming(world, tmp_path, monkeypatch):
     """With `save_total_limit=1` there is always one that is whole."""
-    whole, real = [], checkpoints.seal
+    whole, real = [], resume.seal
 
     def looked(folder, facts):
         whole.append(last_checkpoint(tmp_path))
         real(folder, facts)
 
-    monkeypatch.setattr(checkpoints, "seal", looked)
+    monkeypatch.setattr(resume, "seal", looked)
     trainer = world.trainer("sft", "lora", tmp_path, save_total_limit=1, load_best_model_at_end=False, max_steps=3)
     trainer.train()
     assert whole == [None, str(tmp_path / "checkpoint-1"), str(tmp_path / "checkpoint-2")]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import trl
+import trl.generation.vllm_generation
 import trl.models.utils
 import trl.trainer.utils
 from peft.tuners.lora import Linear
@@ -44,6 +45,11 @@ READ = {
 METHODS = [(cls, name) for cls, names in _trl.OVERRIDDEN.items() for name in names]
 
 
+def own_classes(ours: type) -> list[type]:
+    """A class of ours and those of ours that it is put together from."""
+    return [cls for cls in ours.__mro__ if cls.__module__.startswith("instructgpt_trl")]
+
+
 def fingerprint(function) -> str:
     """Hash of a function's code: its syntax tree without docstrings and comments."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
@@ -53,8 +59,13 @@ def fingerprint(function) -> str:
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
 
 
+def listed(cls: str, name: str):
+    """The method as it is now."""
+    return getattr(getattr(trl, cls, None) or getattr(trl.generation.vllm_generation, cls), name)
+
+
 def current() -> dict[str, str]:
-    hashes = {f"{cls}.{name}": fingerprint(getattr(getattr(trl, cls), name)) for cls, name in METHODS}
+    hashes = {f"{cls}.{name}": fingerprint(listed(cls, name)) for cls, name in METHODS}
     for module in (trl.models.utils, trl.trainer.utils):
         names = [name for name in _trl.__all__ if inspect.isfunction(getattr(module, name, None))]
         hashes |= {name: fingerprint(inspect.unwrap(getattr(module, name))) for name in names}
@@ -64,7 +75,7 @@ def current() -> dict[str, str]:
 @pytest.mark.parametrize("cls, name", METHODS, ids=lambda value: str(value))
 def test_overridden_method_is_as_it_was_read(cls, name):
     known = json.loads(HASHES.read_text(encoding="utf-8"))
-    assert fingerprint(getattr(getattr(trl, cls), name)) == known.get(f"{cls}.{name}"), (
+    assert fingerprint(listed(cls, name)) == known.get(f"{cls}.{name}"), (
         f"trl.{cls}.{name} has changed: read it again, adapt ours, then run python tests/test_contract.py"
     )
 
@@ -79,15 +90,16 @@ def test_private_functions_are_as_they_were_read():
 def test_every_override_is_listed(ours, parent):
     """A method of ours with the name of a parent's is an override, meant or not (a clash of names is a bug)."""
     made = {"__init__", "__repr__", "__eq__", "__replace__"} if dataclasses.is_dataclass(ours) else set()
-    shared = {name for name, value in vars(ours).items() if inspect.isroutine(value) and hasattr(parent, name)}
+    methods = [name for cls in own_classes(ours) for name, value in vars(cls).items() if inspect.isroutine(value)]
+    shared = {name for name in methods if hasattr(parent, name)}
     listed = set(_trl.OVERRIDDEN[parent.__name__])
     assert shared - made - listed == set(), f"add them to OVERRIDDEN['{parent.__name__}'] in _trl.py"
 
 
 @pytest.mark.parametrize("ours, parent", list(PAIRS.items())[:3], ids=lambda cls: cls.__module__)
 def test_every_private_call_is_listed(ours, parent):
-    tree = ast.parse(Path(inspect.getfile(ours)).read_text(encoding="utf-8"))
-    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    trees = [ast.parse(Path(inspect.getfile(cls)).read_text(encoding="utf-8")) for cls in own_classes(ours)]
+    calls = [node.func for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
     called = {function.attr for function in calls if isinstance(function, ast.Attribute)}
     private = {n for n in called if n.startswith("_") and callable(getattr(parent, n, None))} - {"__init__"}
     listed = set(_trl.OVERRIDDEN[parent.__name__])

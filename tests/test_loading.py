@@ -124,6 +124,33 @@ def test_an_adapter_of_another_shape_is_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "settings", "refused"),
+    [
+        ("model.layers.2.self_attn.q_proj.weight", {}, True),
+        ("model.layers.1.mlp.experts.7.gate_proj.weight", {}, False),  # an expert is no layer
+        ("model.layers.2.enorm.weight", {"num_nextn_predict_layers": 1}, False),  # predicts the token after the next
+        ("model.layers.3.enorm.weight", {"num_nextn_predict_layers": 1}, True),
+        ("other.5.weight", {}, False),
+    ],
+)
+def test_weights_of_layers_that_the_config_lacks_are_refused(tmp_path, key, settings, refused):
+    model = make_llama(**settings)
+    model.save_pretrained(tmp_path, state_dict={**model.state_dict(), key: torch.zeros(2, 2)})
+    make_tokenizer().save_pretrained(tmp_path)
+    if not refused:
+        load_policy(str(tmp_path))
+        return
+    layer = int(key.split(".")[2]) + 1
+    with pytest.raises(InputError, match=f"by its config it has 2 layers, and its weights are of {layer}"):
+        load_policy(str(tmp_path))
+
+
+def test_fewer_layers_may_be_asked_for(base_dir):
+    model, _ = load_policy(base_dir, num_hidden_layers=1)
+    assert len(model.model.layers) == 1
+
+
 class Products(TorchDispatchMode):
     """Names of the operations whose result has `size` columns."""
 

@@ -1,6 +1,8 @@
 """What `PPOTrainer` samples from, and what it refuses."""
 
 import logging
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from accelerate.utils import DistributedType
 from conftest import make_llama, make_tokenizer
 from datasets import Dataset
+from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from ppo_helpers import (
     EOS,
@@ -19,7 +22,8 @@ from ppo_helpers import (
     store_completions,
     with_function,
 )
-from transformers import AutoModelForCausalLM, GenerationMixin
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GenerationMixin, OPTConfig, OPTForCausalLM
 from transformers.cache_utils import DynamicLayer
 
 from instructgpt_trl import PPOConfig, PPOTrainer
@@ -359,14 +363,45 @@ def test_prompts_and_completions_beyond_the_models_context_are_warned_of(
 
 
 def test_generation_that_would_change_the_shared_base_is_refused(folders, tmp_path, prompts):
-    with pytest.raises(InputError, match="use_vllm: TRL merges the adapter"):
-        with_function(folders.base, tmp_path, prompts, peft_config=lora(), use_vllm=True)
     with pytest.raises(InputError, match="generation_micro_batch_size: vLLM"):
         with_function(folders.base, tmp_path, prompts, use_vllm=True, generation_micro_batch_size=2)
     with pytest.raises(InputError, match="use_transformers_continuous_batching: TRL casts"):
         args = config(tmp_path, use_transformers_continuous_batching=True)
         args.bf16 = True  # which a config refuses without a GPU
         PPOTrainer(folders.base, reward_funcs=mean_id, args=args, train_dataset=prompts)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_adapters_whose_start_changes_the_base_are_refused(folders, tmp_path, prompts, start):
+    """The reference, the reward model and the value model stand on it."""
+    with pytest.raises(InputError, match=f"init_lora_weights='{start}' moves a part of the base's weights"):
+        with_function(folders.base, tmp_path, prompts, peft_config=lora(init_lora_weights=start))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folders.base), lora(init_lora_weights=start))
+    with pytest.raises(InputError, match=f"init_lora_weights='{start}' moves"):
+        with_function(model, tmp_path, prompts)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "full"])
+def test_a_head_of_another_width_is_refused(folders, tmp_path, prompts, kind):
+    reward = Path(shutil.copytree(folders.reward(kind), tmp_path / "reward"))
+    file = reward / {"adapter": "adapter_model.safetensors", "full": "model.safetensors"}[kind]
+    weights = load_file(file)
+    (name,) = [name for name in weights if name.endswith("score.weight")]
+    save_file({**weights, name: weights[name][:, :8].contiguous()}, file, {"format": "pt"})
+    with pytest.raises(InputError, match="reward.*score.*(takes 8 numbers, and its network gives 16|\\[1, 8\\])"):
+        args = config(tmp_path / "run")
+        PPOTrainer(folders.sft, reward_model=str(reward), args=args, train_dataset=prompts)
+
+
+def test_a_head_of_a_model_that_projects_its_states_fits(tmp_path, prompts):
+    """OPT's smallest: a width of 16 inside, of 8 at both ends."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=258, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2)
+    model = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=8, max_position_embeddings=64, pad_token_id=256))
+    args = config(tmp_path)
+    trainer = PPOTrainer(model, mean_id, args=args, train_dataset=prompts, processing_class=make_tokenizer())
+    assert trainer.roles.value.head.in_features == 8
+    trainer.train()
 
 
 def test_several_gpus_in_one_process_are_refused(folders, tmp_path, prompts, monkeypatch):

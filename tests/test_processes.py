@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from datasets import Dataset
 from faults.stages import STAGES
 from safetensors.torch import load_file
 
@@ -100,6 +101,16 @@ def test_what_nobody_has_run_is_refused(monkeypatch, kind):
         check_launch(args(distributed_state=state))
     monkeypatch.setenv(UNTESTED, "1")
     check_launch(args(distributed_state=state))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_an_evaluation_set_that_is_a_stream_is_refused_in_several(named):
+    """Its last rows would count twice, since nobody knows which they are."""
+    stream = Dataset.from_list([{"prompt": "p"}]).to_iterable_dataset()
+    eval_dataset = {"a": Dataset.from_list([{"prompt": "p"}]), "b": stream} if named else stream
+    check_launch(args(), eval_dataset)
+    with pytest.raises(InputError, match="eval_dataset: a stream, whose last rows 2 processes would count twice"):
+        check_launch(args(world_size=2), eval_dataset)
 
 
 def test_whitening_is_of_all_processes(monkeypatch):

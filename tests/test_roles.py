@@ -13,7 +13,8 @@ from instructgpt_trl.data import InputError
 from instructgpt_trl.data.episodes import pad_episodes, take_rows
 from instructgpt_trl.models.reward_model import RewardModel
 from instructgpt_trl.models.reward_parts import reward_parts
-from instructgpt_trl.models.roles import Role, build_roles, load_parameters, save_parameters
+from instructgpt_trl.models.role_building import build_roles
+from instructgpt_trl.models.roles import Role, load_parameters, save_parameters
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 COMPLETIONS = [[20, 21, 257], [256, 22], [23]]  # 256 is the pad id, and a token like any other

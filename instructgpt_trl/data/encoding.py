@@ -5,6 +5,7 @@ must be one and the same.
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from datasets import Dataset
@@ -26,7 +27,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text, **template_k
         if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
             ids.pop()
         return ids
-    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **template_kwargs)
+    text = render(tokenizer, prompt, add_generation_prompt=True, **template_kwargs)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -49,8 +50,8 @@ def encode_completion(
         return ids if ids and ids[-1] == eos else [*ids, eos]
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
-    before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **template_kwargs)
-    whole = tokenizer.apply_chat_template(prompt + completion, tokenize=False, **template_kwargs)
+    before = render(tokenizer, prompt, add_generation_prompt=True, **template_kwargs)
+    whole = render(tokenizer, prompt + completion, **template_kwargs)
     if not whole.startswith(before):
         raise InputError(
             "the chat template renders the prompt differently once an answer follows it, so prompt and completion "
@@ -59,6 +60,32 @@ def encode_completion(
     answer, has_end = _until_turn_end(tokenizer, whole[len(before) :])
     ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
     return ids if has_end else [*ids, eos]
+
+
+@contextmanager
+def in_row(source: str, index: int) -> Iterator[None]:
+    """An [`InputError`] inside gets the row's place in front."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{source}, row {index}: {error}") from error
+
+
+def render(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]], **kwargs: Any) -> str:
+    """
+    A conversation as text. The template is a program from the tokenizer's files: transformers runs it in jinja's
+    sandbox, where it reaches nothing of Python's, and whatever it raises becomes an [`InputError`].
+    """
+    try:
+        return tokenizer.apply_chat_template(conversation, tokenize=False, **kwargs)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"the chat template cannot render this conversation of {len(conversation)} messages "
+            f"({type(error).__name__}: {reason}); correct the row, or chat_template in the tokenizer's files"
+        ) from error
 
 
 def _until_turn_end(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, bool]:

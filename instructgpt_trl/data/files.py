@@ -112,7 +112,7 @@ def parse_json(text: str, where: str, characters: bool = True) -> Any:
         [`InputError`]: it is not JSON, or unless `characters` is false, a text in it cannot be written in UTF-8.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=unique_keys)
         if characters and "\\ud" in text.lower():
             check_characters(value, where)
         return value
@@ -123,9 +123,18 @@ def parse_json(text: str, where: str, characters: bool = True) -> Any:
         reason = "nested too deep"
     except InputError:
         raise
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number of thousands of digits, a key twice
         reason = f"not to be read ({error})"
     raise InputError(f"{where}: {reason}; correct it")
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads`, which takes the last of several values of a key without a word. Raises `ValueError`."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return value
 
 
 def check_characters(value: Any, where: str) -> None:

@@ -7,9 +7,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .demonstrations import IMAGES, columns_of
-from .encoding import encode_prompt
+from .encoding import encode_prompt, in_row
 from .files import InputError
 from .formats import by_prompt, check_rows, split_by_length
+from .rows import Text
 
 logger = logging.get_logger(__name__)
 
@@ -44,21 +45,25 @@ def drop_long_prompts(
     Raises:
         [`InputError`]: no row is left, or a prompt has no tokens.
     """
+
+    def length_of(prompt: Text, index: int) -> int:
+        with in_row(name, index):
+            length = len(encode_prompt(tokenizer, prompt, **template_kwargs))
+            if length == 0:
+                raise InputError("the prompt has no tokens; fill it in or drop the row")
+            return length
+
     if isinstance(dataset, IterableDataset):
 
         def fits(row: dict[str, Any], index: int) -> bool:
-            length = len(encode_prompt(tokenizer, row["prompt"], **template_kwargs))
-            if length == 0:
-                raise InputError(f"{name}, row {index}: the prompt has no tokens; fill it in or drop the row")
+            length = length_of(row["prompt"], index)
             if limit is not None and length > limit:
                 logger.warning(f"{name}, row {index}: prompt of {length} tokens dropped, over {limit}")
                 return False
             return True
 
         return dataset.filter(fits, with_indices=True)
-    lengths = [len(encode_prompt(tokenizer, prompt, **template_kwargs)) for prompt in dataset["prompt"]]
-    if 0 in lengths:
-        raise InputError(f"{name}, row {lengths.index(0)}: the prompt has no tokens; fill it in or drop the row")
+    lengths = [length_of(prompt, index) for index, prompt in enumerate(dataset["prompt"])]
     keep, report = split_by_length(lengths, limit, f"prompts of {name}", by_prompt(dataset["prompt"]))
     if report is None:
         return dataset

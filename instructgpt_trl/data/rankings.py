@@ -5,7 +5,6 @@ An encoded ranking has the columns `prompt_ids`, `completions_ids` (a list a com
 many over-long completions were taken out). B prompts, K completions of one, N their sum, L the padded length.
 """
 
-import json
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,8 @@ from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from .encoding import encode_completion, encode_prompt
+from .encoding import encode_completion, encode_prompt, in_row
+from .files import parse_json
 from .formats import InputError, by_prompt, check_rows, listed
 from .sharing import share_prompts
 
@@ -161,12 +161,13 @@ def prepare_rankings(
     Differs from TRL: `RewardTrainer` drops a pair if one of its texts is too long, without saying so.
     """
 
-    def prepare(row: dict[str, Any]) -> dict[str, Any]:
-        return _fit(_encode(row, tokenizer), max_length)
+    def prepare(row: dict[str, Any], index: int) -> dict[str, Any]:
+        with in_row(source, index):
+            return _fit(_encode(row, tokenizer), max_length)
 
     if isinstance(dataset, IterableDataset):
         dataset = dataset.map(
-            lambda row, index: _told(prepare(row), f"{source}, row {index}"),
+            lambda row, index: _told(prepare(row, index), f"{source}, row {index}"),
             with_indices=True,
             remove_columns=sorted(_columns(dataset)),
             features=FEATURES,
@@ -174,6 +175,7 @@ def prepare_rankings(
         return dataset.filter(lambda row: _fate(row["ranks"]) is None).select_columns(list(ENCODED))
     rows = dataset.map(
         prepare,
+        with_indices=True,
         remove_columns=dataset.column_names,
         features=FEATURES,
         num_proc=num_proc,
@@ -214,7 +216,7 @@ def _encode(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str
         return {"prompt_ids": [], "completions_ids": [row[c] for c in PAIRS], "ranks": [1, 2], "shortened": 0}
     template = dict(row.get("chat_template_kwargs") or {})
     if row.get("tools") is not None:
-        template["tools"] = json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"]
+        template["tools"] = parse_json(row["tools"], "tools") if isinstance(row["tools"], str) else row["tools"]
     prompt = row["prompt"]
     return {
         "prompt_ids": encode_prompt(tokenizer, prompt, **template),

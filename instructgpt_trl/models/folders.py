@@ -1,7 +1,8 @@
 """Folders of models as they come from a disk: files that are cut short or broken are named before they are loaded."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .._trl import create_model_from_path
 from ..data import InputError
+from ..data.files import unique_keys
 
 # Of those that transformers and PEFT read; what else lies in a folder is nobody's business
 OBJECTS = ("config.json", "generation_config.json", "adapter_config.json", SAFE_WEIGHTS_INDEX_NAME)
@@ -33,7 +35,7 @@ def loading(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}, "
-        raise InputError(f"{what} cannot be loaded: {kind}{' '.join(str(error).split())[:300]}") from error
+        raise InputError(f"{what} cannot be loaded: {kind}{' '.join(str(error).split())[:600]}") from error
 
 
 def check_folder(path: str) -> None:
@@ -61,7 +63,7 @@ def check_folder(path: str) -> None:
 def read_object(file: Path) -> dict[str, Any]:
     """A JSON object of a file. Raises [`InputError`] if there is none in it."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: cannot be read ({error}); copy or save it again") from None
     if not isinstance(value, dict):
@@ -130,7 +132,8 @@ def load_whole(name: str, what: str, architecture: Any = None, **kwargs: Any) ->
     """
     if Path(name).is_dir():
         check_folder(name)
-    kwargs = {"ignore_mismatched_sizes": True, **kwargs}  # told below, with their names
+    # Mismatches are told below, with their names; without an answer transformers would ask whether to run code
+    kwargs = {"ignore_mismatched_sizes": True, "trust_remote_code": False, **kwargs}
     with loading(what):
         model, info = create_model_from_path(name, architecture, output_loading_info=True, **kwargs)
     kind = read_object(Path(name) / "config.json").get("model_type") if Path(name).is_dir() else None
@@ -143,6 +146,8 @@ def load_whole(name: str, what: str, architecture: Any = None, **kwargs: Any) ->
             f"{what}: {key} has the shape {list(saved)}, and by the config {list(wanted)}; config and weights are of "
             f"different models, copy both again"
         )
+    if "num_hidden_layers" not in kwargs:
+        _check_layers(model, info["unexpected_keys"], what)
     head = {key for key in info["missing_keys"] if key.startswith("score.")}
     missing = sorted(info["missing_keys"] - head)
     if missing:
@@ -150,3 +155,17 @@ def load_whole(name: str, what: str, architecture: Any = None, **kwargs: Any) ->
     if "score.weight" in info["unexpected_keys"]:
         raise InputError(f"{what}: a reward model, with a head 'score'; expected a language model")
     return model, head
+
+
+def _check_layers(model: PreTrainedModel, unexpected: Iterable[str], what: str) -> None:
+    """Raise [`InputError`] if there are weights of layers that the config does not have, which would be left out."""
+    config = model.config.get_text_config()
+    count = getattr(config, "num_hidden_layers", None)
+    found = [re.search(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.", key) for key in unexpected]
+    last = max((int(match[1]) for match in found if match), default=-1)
+    further = getattr(config, "num_nextn_predict_layers", None) or 0  # that predict tokens further on
+    if isinstance(count, int) and last >= count + further:
+        raise InputError(
+            f"{what}: by its config it has {count} layers, and its weights are of {last + 1}; config and weights are "
+            f"of different models, copy both again"
+        )

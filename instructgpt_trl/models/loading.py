@@ -100,11 +100,11 @@ def load_tokenizer(path: str, base: str | None = None, **kwargs) -> PreTrainedTo
     if Path(source).is_dir():
         check_folder(source)
     try:
-        return AutoTokenizer.from_pretrained(source, **kwargs)
+        return AutoTokenizer.from_pretrained(source, **{"trust_remote_code": False, **kwargs})
     except ImportError:
         raise
     except Exception as error:  # tokenizers raises nothing more special
-        reason = str(error).strip().split("\n")[0]
+        reason = " ".join(str(error).split())[:600]
         raise InputError(f"no tokenizer in {source}: {reason}; save the tokenizer beside the model") from error
 
 

@@ -7,13 +7,29 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from .._trl import LoraVariant
+from ..data import InputError
+
+# Ways of starting an adapter that change the base's weights: peft/tuners/lora/layer.py, `update_layer`
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def check_start(config: PeftConfig | None) -> None:
+    """Raise [`InputError`] if the base that an adapter stands on would be another for the adapters beside it."""
+    start = str(getattr(config, "init_lora_weights", "")).lower()
+    if start.startswith(CHANGE_THE_BASE):
+        raise InputError(
+            f"init_lora_weights={start!r} moves a part of the base's weights into the adapter, and others stand on "
+            f"that base, the value model at least; use another, or merge the adapter into its base first"
+        )
 
 
 def fuse_lora(network: nn.Module) -> None:
@@ -77,6 +93,40 @@ def mergeable(network: nn.Module, adapter: str | None) -> list[LoraLayer]:
         and owners[id(base.weight)] == 1
         and not (_is_hooked(base) or "forward" in vars(layer))
     ]
+
+
+@torch.no_grad()
+def merged_parameters(network: PeftModel, adapter: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """
+    The parameters of the model that the base is with `adapter` merged into it, by the base's own names, one at a time.
+    Those of layers with the adapter are copies: other adapters stand on the base's, which are not touched.
+    """
+    model, own = network.get_base_model(), f".modules_to_save.{adapter}."
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        layer, of_base, rest = name.partition(".base_layer.")
+        if of_base:
+            yield f"{layer}.{rest}", _merged(model.get_submodule(layer), layer, rest, adapter)
+        elif ".original_module." in name:
+            if name.replace(".original_module.", own) not in parameters:
+                yield name.replace(".original_module.", "."), parameter.data
+        elif f".{network.prefix}" not in name and (".modules_to_save." not in name or own in name):
+            yield name.replace(own, "."), parameter.data
+
+
+def _merged(layer: BaseTunerLayer, name: str, parameter: str, adapter: str) -> torch.Tensor:
+    """PEFT's own merge, into new tensors, behind which the old ones are put back."""
+    base = layer.get_base_layer()
+    before = {key: own.data for key, own in base.named_parameters(recurse=False)}
+    if parameter not in before:
+        raise InputError(f"{name}: an adapter of {type(base).__name__} cannot be merged; target linear layers")
+    try:
+        layer.merge(safe_merge=True, adapter_names=[adapter])
+        return base.get_parameter(parameter).data
+    finally:
+        for key, data in before.items():
+            base.get_parameter(key).data = data
+        layer.merged_adapters.clear()
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

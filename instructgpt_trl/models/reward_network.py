@@ -287,7 +287,7 @@ def _load_base(base: str, path: str, quantization: Any, kwargs: dict[str, Any]) 
         check_folder(base)
     with loading(what):
         hub = {key: kwargs[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in kwargs}
-        config = AutoConfig.from_pretrained(base, **hub)
+        config = AutoConfig.from_pretrained(base, **{"trust_remote_code": False, **hub})
         if "SequenceClassification" in _architecture(config) and config.num_labels != 1:
             raise InputError(f"{what}: its head gives {config.num_labels} numbers; a reward model needs one")
     with _quiet():  # a new head and an unused LM head are no surprise

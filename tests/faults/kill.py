@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from stages import STAGES, World, differences, result_of
 from transformers import Trainer
 
-from instructgpt_trl import PPOTrainer, checkpoints
+from instructgpt_trl import PPOTrainer, checkpoints, resume
 from instructgpt_trl.checkpoints import last_checkpoint
 
 # Where, and at which call: the third checkpoint is between the steps of PPO's first rollout
@@ -36,10 +36,10 @@ MOMENTS = {
     "as the weights are saved": (Trainer, "save_model", 3),
     "as the optimizer is saved": (Trainer, "_save_optimizer_and_scheduler", 3),
     "as the generators are saved": (Trainer, "_save_rng_state", 3),
-    "as it is flushed": (checkpoints, "seal", 3),
+    "as it is flushed": (resume, "seal", 3),
     "inside of that": (checkpoints.hashlib, "file_digest", 40),
     "before it is renamed": (checkpoints.os, "rename", 3),
-    "behind that": (checkpoints, "_rotate", 3),
+    "behind that": (resume, "rotate", 3),
     "as an old one is deleted": (checkpoints.shutil, "rmtree", 7),  # one at the start, two a checkpoint
     "inside a rollout": (PPOTrainer, "_scores", 3),  # the second is that of an evaluation
     "between a rollout's steps": (PPOTrainer, "_accumulate", 7),

@@ -1,0 +1,243 @@
+"""Training that goes on from a checkpoint as if it had never stopped, in all three stages."""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from ._trl import preserved_rng
+from .checkpoints import (
+    MANIFEST,
+    UNFINISHED,
+    check_checkpoint,
+    flush_folder,
+    last_checkpoint,
+    of_process,
+    only_run,
+    read_manifest,
+    rotate,
+    seal,
+)
+from .data import InputError, check_tokenizers
+from .models.folders import loading
+from .models.guards import NotFinite, first_not_finite
+from .models.loading import check_fit, load_tokenizer
+
+logger = logging.get_logger(__name__)
+
+_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+_SAMPLED = 1000  # rows that a dataset is recognised by
+# Settings without a say in what is learned: where to, how often, how shown
+_PLACES = ("output_dir", "resume_from_checkpoint", "run_name", "disable_tqdm", "project", "report_to", "enable_jit")
+_PLACES += ("logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "dataloader_", "load_best_model", "trackio_")
+_PLACES += ("restore_callback", "num_completions_to_print", "ignore_data_skip", "use_cpu")
+
+
+class ExactResume:
+    """
+    What the trainers share: whole checkpoints, and `train(resume_from_checkpoint=...)` from the last of them (`True`)
+    or a named one, refused if it is not whole or of another tokenizer. Other versions, settings or data are a warning.
+
+    Overrides: `train`, `_run_epoch`, `_get_output_dir`, `_save_checkpoint`, `_load_from_checkpoint`,
+    `_load_optimizer_and_scheduler`, `_load_rng_state`; calls `_push_from_checkpoint`.
+    """
+
+    _unfinished: str | None = None  # folder that a checkpoint is being written into
+    _counted = (-1, 0)  # optimizer step, and micro-batches of it
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        with only_run(self.args.output_dir) if self.args.should_save else nullcontext():
+            folder = self._go_on_from(resume_from_checkpoint)
+            try:
+                return super().train(folder, *args, **kwargs)
+            except NotFinite as error:
+                raise NotFinite(f"{error}; {self._keep_what_is_good()}") from error
+
+    def _go_on_from(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """The checkpoint to start from, if any, checked, with what the parent does not read from it."""
+        if self.args.should_save:
+            shutil.rmtree(Path(self.args.output_dir, UNFINISHED), ignore_errors=True)
+        self._data = {name: _digest(dataset) for name, dataset in self._datasets().items()}
+        folder = None
+        if resume_from_checkpoint is True:
+            folder = last_checkpoint(self.args.output_dir)
+            if folder is None:
+                raise InputError(f"no whole checkpoint is in {self.args.output_dir}; start without resuming")
+        elif resume_from_checkpoint:
+            folder = resume_from_checkpoint
+        if folder is not None:
+            folder = check_checkpoint(folder)
+            self._check_run(Path(folder))
+            check_fit(self.accelerator.unwrap_model(self.model), folder)
+            with loading(folder):
+                self._load_progress(Path(folder))
+            with preserved_rng():  # read once before anything is written; set when the first step begins
+                self._load_rng_state(folder)
+        return folder
+
+    def _datasets(self) -> dict[str, Any]:
+        return {"train_dataset": self.train_dataset}
+
+    def _progress(self) -> dict[str, Any]:
+        """Of each process, what the parent's checkpoint lacks."""
+        return {"tokens": self._total_train_tokens}
+
+    def _save_progress(self, folder: Path) -> None:
+        text = json.dumps(self._progress())
+        of_process(folder, "progress", ".json", self.args).write_text(text, encoding="utf-8")
+
+    def _load_progress(self, folder: Path) -> dict[str, Any]:
+        file = of_process(folder, "progress", ".json", self.args)
+        progress = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        self._total_train_tokens = progress.get("tokens", 0)
+        return progress
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The parent's counts the steps behind each one, so that a run which had ended would get one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _keep_what_is_good(self) -> str:
+        """The weights before a step that failed, as a checkpoint; where they are, in words."""
+        whole = last_checkpoint(self.args.output_dir)
+        there = f"the last checkpoint is {whole}" if whole else "there is no checkpoint"
+        step = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if whole == str(step) or self.args.save_strategy == "no" or self.state.global_step == 0:
+            return there
+        if self.accelerator.num_processes > 1:  # which may not have failed all together
+            return there
+        if name := first_not_finite(self._trained().items()):
+            return f"{name} is not finite either, so nothing was saved; {there}"
+        self._save_checkpoint(self.model, None)
+        return f"the weights before this step are in {step}"
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def _micro_batch(self) -> int:
+        """Number of this call of `training_step` in its optimizer step, from 0."""
+        step, number = self._counted
+        self._counted = (self.state.global_step, number + 1 if step == self.state.global_step else 0)
+        return self._counted[1]
+
+    # Writing
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._unfinished or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        pushes, self.args.push_to_hub = self.args.push_to_hub, False  # behind the renaming
+        for callback in self.callback_handler.callbacks:  # new since the checkpoint that this run goes on from
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks.setdefault(type(callback).__name__, {})
+        if self.args.should_save:
+            shutil.rmtree(run / UNFINISHED, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._unfinished = str(run / UNFINISHED)
+        try:
+            super()._save_checkpoint(model, trial)
+            self._save_progress(run / UNFINISHED / name)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._finish_checkpoint(run, name)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            shutil.rmtree(run / UNFINISHED, ignore_errors=True)
+            raise InputError(
+                f"step {self.state.global_step}: the checkpoint could not be written to {run} "
+                f"({' '.join(str(error).split())[:200]}; {shutil.disk_usage(run).free / 1e6:,.0f} MB are free there); "
+                f"the checkpoints before are whole: make room and resume from the last"
+            ) from error
+        finally:
+            self._unfinished, self.args.push_to_hub = None, pushes
+        self.accelerator.wait_for_everyone()
+        if pushes:
+            self._push_from_checkpoint(str(run / name))
+
+    def _finish_checkpoint(self, run: Path, name: str) -> None:
+        folder = run / UNFINISHED / name
+        best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if self.state.best_global_step and (best.name == name or best.is_dir()):  # the parent looks beside this one
+            self.state.best_model_checkpoint = str(best)
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        seal(folder, self._facts())
+        if (run / name).exists():  # of an earlier run, or not whole
+            os.rename(run / name, run / UNFINISHED / "replaced")
+        os.rename(folder, run / name)
+        flush_folder(run)
+        rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    # Going on
+
+    def _facts(self) -> dict[str, Any]:
+        settings = {name: value for name, value in self.args.to_dict().items() if not name.startswith(_PLACES)}
+        return {
+            "trainer": type(self).__name__,
+            "step": self.state.global_step,
+            "processes": self.args.world_size,
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+            "data": self._data,
+            "settings": json.loads(json.dumps(settings, default=str)),
+        }
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        with loading(f"the weights in {resume_from_checkpoint}"):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with loading(f"optimizer and scheduler in {checkpoint}"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with loading(f"the random states in {checkpoint}"):
+            super()._load_rng_state(checkpoint)
+
+    def _check_run(self, folder: Path) -> None:
+        if isinstance(self.processing_class, PreTrainedTokenizerBase) and any(folder.glob("*token*")):
+            check_tokenizers(self.processing_class, load_tokenizer(str(folder)), ("this run", str(folder)))
+        if not (folder / MANIFEST).is_file():
+            return
+        then, now = read_manifest(folder), self._facts()
+        for name in ("trainer", "processes", "settings", "versions", "data"):
+            if not isinstance(then.get(name), type(now[name])):
+                raise InputError(f"{folder / MANIFEST}: {name} is missing or no fact; go on from another checkpoint")
+        if then["trainer"] != now["trainer"]:
+            raise InputError(f"{folder}: a checkpoint of {then['trainer']}, not of {now['trainer']}; give its own")
+        groups = {"settings": "settings", "versions": "versions", "data": "other rows in"}
+        differences = [
+            f"{words} {', '.join(_difference(key, then[key], now[key], name) for name in other)}"
+            for key, words in groups.items()
+            if (other := [name for name in now[key] if then[key].get(name) != now[key][name]])
+        ]
+        if then["processes"] != now["processes"]:
+            differences.append(f"{now['processes']} processes and not {then['processes']}")
+        if differences:
+            logger.warning(f"{folder}: this is not exactly the run that was stopped: {'; '.join(differences)}")
+
+
+def _difference(key: str, then: dict[str, Any], now: dict[str, Any], name: str) -> str:
+    return name if key == "data" else f"{name} {now[name]} and not {then.get(name)}"
+
+
+def _digest(dataset: Any) -> str | None:
+    """Of a dataset's number of rows, and of a thousand of them, evenly spread; none of a stream."""
+    if not isinstance(dataset, Dataset):
+        return None
+    some = dataset.select(range(0, len(dataset), max(1, len(dataset) // _SAMPLED)))
+    return hashlib.sha256(json.dumps([len(dataset), some[:]], default=str).encode()).hexdigest()
