@@ -108,6 +108,7 @@ class RewardTrainer(ExactResume, trl.RewardTrainer):
         check_launch(args, eval_dataset)
         check_output_dir(args.output_dir)
         train_dataset, eval_dataset = _check_early(train_dataset, eval_dataset)
+        _keep_batches_whole(args, eval_dataset)
         if demonstration_dataset is not None:
             demonstration_dataset = check_rows(demonstration_dataset, "demonstration", "demonstration_dataset")
         bias, calibrated = 0.0, False
@@ -324,6 +325,16 @@ def _check_early(train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
     if isinstance(eval_dataset, dict):
         eval_dataset = {name: check(rows, f"eval_dataset['{name}']") for name, rows in eval_dataset.items()}
     return check(train_dataset, "train_dataset"), check(eval_dataset, "eval_dataset")
+
+
+def _keep_batches_whole(args: RewardConfig, eval_dataset: Any) -> None:
+    """
+    accelerate cuts each tensor of a stream's batch at as many rows as the first one has; of shared prompts and their
+    ranks there are not as many. TRL says so for a stream that is trained on, and here it is said for the others.
+    """
+    streams = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    if any(isinstance(rows, IterableDataset) for rows in streams):
+        args.accelerator_config.dispatch_batches = False
 
 
 @contextmanager

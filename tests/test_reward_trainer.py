@@ -509,17 +509,29 @@ def test_pitfall_16_conversations_train(tmp_path, base_dir):
     assert trainer.state.log_history[0]["tied_pairs"] == 1
 
 
-def test_a_stream_trains_like_the_dataset(tmp_path, rankings, base_dir):
-    losses = []
+@pytest.mark.parametrize("prefix_sharing", ["on", "off"])
+def test_a_stream_trains_and_evaluates_like_the_dataset(tmp_path, rankings, base_dir, prefix_sharing):
+    """Of a batch with shared prompts the tensors have several lengths."""
+    rankings = rankings.map(lambda row: {"prompt": 8 * row["prompt"]})
+    found = []
     for rows in (rankings, rankings.to_iterable_dataset()):
-        trainer = RewardTrainer(
-            base_dir,
-            make_args(tmp_path, max_steps=3, learning_rate=1e-3, per_device_train_batch_size=4),
-            train_dataset=rows,
-        )
+        settings = dict(max_steps=3, learning_rate=1e-3, per_device_train_batch_size=4, per_device_eval_batch_size=3)
+        args = make_args(tmp_path, prefix_sharing=prefix_sharing, **settings)
+        trainer = RewardTrainer(base_dir, args, train_dataset=rows, eval_dataset=rows)
         trainer.train()
-        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        found.append([*losses, *(trainer.evaluate()[f"eval_{name}"] for name in ("tied_pairs", "mean_reward"))])
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+
+
+def test_a_stream_is_evaluated_beside_a_dataset_that_is_trained_on(tmp_path, rankings, base_dir):
+    rankings = rankings.map(lambda row: {"prompt": 8 * row["prompt"]})
+    found = []
+    for rows in (rankings, rankings.to_iterable_dataset()):
+        args = make_args(tmp_path, prefix_sharing="on", per_device_eval_batch_size=3)
+        metrics = RewardTrainer(base_dir, args, train_dataset=rankings, eval_dataset=rows).evaluate()
+        found.append([metrics[f"eval_{name}"] for name in ("tied_pairs", "mean_reward", "accuracy")])
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
 
 
 def test_dictionaries_of_evaluation_datasets(tmp_path, rankings, base_dir):
