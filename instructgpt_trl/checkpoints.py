@@ -23,10 +23,11 @@ from transformers.utils import logging
 
 from .data import InputError
 from .models.folders import check_folder, loading, read_object
+from .models.guards import RunStopped
 
 logger = logging.get_logger(__name__)
 
-__all__ = ["check_checkpoint", "flaw", "last_checkpoint"]
+__all__ = ["RunStopped", "check_checkpoint", "flaw", "last_checkpoint"]
 
 MANIFEST = "checkpoint.json"
 UNFINISHED = ".unfinished-checkpoint"
@@ -127,6 +128,13 @@ def _check_state(file: Path) -> None:
         value = state.get(name)
         if not isinstance(value, kind) or isinstance(value, bool) or kind is int and value < 0:
             raise InputError(f"{file}: {name}={str(value)[:40]!r} cannot be; go on from another checkpoint")
+    others = {"best_global_step": int | None, "best_model_checkpoint": str | None, "train_batch_size": int | None}
+    others |= {"best_metric": float | int | None, "logging_steps": float | int, "total_flos": float | int}
+    entries = {"log_history": state["log_history"], "stateful_callbacks": list(state["stateful_callbacks"].values())}
+    wrong = [name for name, kind in others.items() if name in state and not isinstance(state[name], kind)]
+    wrong += [name for name, items in entries.items() if not all(isinstance(one, dict | list) for one in items)]
+    if wrong:
+        raise InputError(f"{file}: {wrong[0]} cannot be so; go on from another checkpoint")
     with loading(str(file)):
         TrainerState.load_from_json(str(file))
 

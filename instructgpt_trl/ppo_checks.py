@@ -53,6 +53,15 @@ def check_process(args: PPOConfig, rewards: int) -> None:
         )
 
 
+def check_evaluation(args: PPOConfig, eval_dataset: object) -> None:
+    """Of several completions a prompt, those that even out a last batch of several processes cannot be told."""
+    count = args.num_generations_eval or args.num_generations
+    if eval_dataset is not None and args.world_size > 1 and count > 1:
+        raise InputError(
+            f"num_generations_eval: {count} completions a prompt are counted right in one process only; set it to 1"
+        )
+
+
 def check_generation(args: PPOConfig, model: PreTrainedModel | PeftModel) -> None:
     if args.use_vllm and getattr(model, "is_quantized", False):
         raise InputError(

@@ -40,10 +40,10 @@ def per_completion(
 
 
 def spread(scores: list[float]) -> float | None:
-    """Population standard deviation of those that are not NaN; `None` without any."""
+    """Population standard deviation of those that are not NaN; `None` of fewer than two, which says nothing."""
     found = torch.tensor(scores)
     found = found[~found.isnan()]
-    return found.std(correction=0).item() if len(found) else None
+    return found.std(correction=0).item() if len(found) > 1 else None
 
 
 def explained_variance(returns: Tensor, values: Tensor) -> float | None:

@@ -1,17 +1,21 @@
 """What PPO saves beside the policy, and how it goes on from there: average, value model, KL coefficient, rollout."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.utils import logging
 
 from .checkpoints import of_process
+from .data import InputError
 from .models.folders import loading
+from .models.guards import first_not_finite
 from .models.roles import load_adapter_weights, load_parameters, save_parameters
 from .resume import ExactResume
 
@@ -57,6 +61,10 @@ class PPOSaving(ExactResume):
             load_parameters(self._value_parameters, str(folder / VALUE_FILE))
         with loading(str(folder / STATE_FILE)):
             self.kl_coef = float(json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["kl_coef"])
+            if not 0 <= self.kl_coef < math.inf:
+                raise ValueError(f"kl_coef={self.kl_coef}: expected a number from 0 on")
+        if name := first_not_finite(self._trained().items()):
+            raise InputError(f"{folder}: {name} is NaN or infinite; go on from another checkpoint")
 
     def _datasets(self) -> dict[str, Any]:
         stream = self._ptx_stream
@@ -79,12 +87,15 @@ class PPOSaving(ExactResume):
     def _load_progress(self, folder: Path) -> dict[str, Any]:
         progress = super()._load_progress(folder)
         for name, rows in progress.get("rows", {}).items():
+            if not isinstance(rows, int) or rows < 1:
+                raise ValueError(f"rows.{name}={rows!r}: expected a whole number from 1 on")
             self._limits[name].rows = min(rows, self._limits[name].rows)
         self._episodes = self._order = None
         file = of_process(folder, ROLLOUT, ".safetensors", self.args)
         episodes = load_file(file) if file.is_file() else {"order": ()}
         if len(episodes["order"]) == self.args.per_device_train_batch_size * self.args.steps_per_generation:
             self._order = episodes.pop("order")
+            _check_rollout(episodes, self._order)
             self._episodes = {name: tensor.to(self.accelerator.device) for name, tensor in episodes.items()}
         return progress
 
@@ -97,6 +108,18 @@ class PPOSaving(ExactResume):
             load_adapter_weights(self.model, "default", load_file(folder / "adapter_model.safetensors"))
         else:
             super()._load_from_checkpoint(str(folder), self.model)
+
+
+def _check_rollout(episodes: dict[str, torch.Tensor], order: torch.Tensor) -> None:
+    """Raise `ValueError` unless a rollout's tensors fit each other."""
+    if not torch.equal(order.sort().values, torch.arange(len(order))):
+        raise ValueError("the order of the rollout is none")
+    shape = episodes["mask"].shape
+    for name in ("logprobs", "values", "advantages", "returns"):
+        if episodes[name].shape != shape or not episodes[name].is_floating_point():
+            raise ValueError(f"{name} of the rollout does not fit its mask")
+    if any(len(tensor) != len(order) for tensor in episodes.values()):
+        raise ValueError("the rollout has too few rows")
 
 
 class StepCallback(TrainerCallback):

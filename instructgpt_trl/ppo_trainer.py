@@ -36,7 +36,7 @@ from .data.pretraining import PretrainingStream, as_episodes
 from .data.prompt_datasets import check_prompts, drop_long_prompts
 from .functional import gae, policy_loss, token_rewards, value_loss
 from .models.ema import EMA
-from .models.guards import first_not_finite, stop_unless_finite
+from .models.guards import RunStopped, first_not_finite, stop_unless_finite
 from .models.limits import RowLimit, freed_memory_reused
 from .models.loading import (
     context_length,
@@ -55,6 +55,7 @@ from .models.roles import Role, disable_dropout
 from .ppo_checks import (
     check_arguments,
     check_batches,
+    check_evaluation,
     check_first_kl,
     check_first_ratio,
     check_generation,
@@ -150,6 +151,7 @@ class PPOTrainer(RolloutLog, PPOSaving, RLOOTrainer):
         args = args or PPOConfig(f"{_name_of(model)}-PPO")
         check_launch(args, eval_dataset)
         check_process(args, len(rewards))
+        check_evaluation(args, eval_dataset)
         train_dataset = check_prompts(train_dataset, "train_dataset")
         eval_dataset = _each(eval_dataset, check_prompts)
         if ptx_dataset is not None:
@@ -684,9 +686,9 @@ class PPOTrainer(RolloutLog, PPOSaving, RLOOTrainer):
                 there=len(prompt_ids),
             )
         if any(len(ids) == 0 for ids in completion_ids):
-            raise RuntimeError(f"step {self.state.global_step}: an empty completion; check the generation settings")
+            raise RunStopped(f"step {self.state.global_step}: an empty completion; check the generation settings")
         if self.model.training and all(ids[0] in self.eos_token_ids for ids in completion_ids):
-            raise RuntimeError(
+            raise RunStopped(
                 f"step {self.state.global_step}: every completion is EOS alone: the policy has collapsed or the "
                 f"prompts already end a turn; look at the prompts, lower learning_rate or raise beta"
             )

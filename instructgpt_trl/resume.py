@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
@@ -43,8 +43,9 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 _SAMPLED = 1000  # rows that a dataset is recognised by
 # Settings without a say in what is learned: where to, how often, how shown
 _PLACES = ("output_dir", "resume_from_checkpoint", "run_name", "disable_tqdm", "project", "report_to", "enable_jit")
-_PLACES += ("logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "dataloader_", "load_best_model", "trackio_")
-_PLACES += ("restore_callback", "num_completions_to_print", "ignore_data_skip", "use_cpu")
+_PLACES += ("logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "load_best_model", "trackio_", "use_cpu")
+_PLACES += ("restore_callback", "num_completions_to_print", "dataloader_num", "dataloader_p")
+_SEEN = 8  # elements of a frozen weight that a base is recognised by
 
 
 class ExactResume:
@@ -58,12 +59,16 @@ class ExactResume:
 
     _unfinished: str | None = None  # folder that a checkpoint is being written into
     _counted = (-1, 0)  # optimizer step, and micro-batches of it
+    _passes = 0  # over the training set, in this process
+    _from: str | None = None  # checkpoint that this run goes on from
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         with only_run(self.args.output_dir) if self.args.should_save else nullcontext():
             folder = self._go_on_from(resume_from_checkpoint)
             try:
-                return super().train(folder, *args, **kwargs)
+                output = super().train(folder, *args, **kwargs)
+                self._stop_unless_weights_finite()
+                return output
             except NotFinite as error:
                 raise NotFinite(f"{error}; {self._keep_what_is_good()}") from error
 
@@ -71,6 +76,7 @@ class ExactResume:
         """The checkpoint to start from, if any, checked, with what the parent does not read from it."""
         if self.args.should_save:
             shutil.rmtree(Path(self.args.output_dir, UNFINISHED), ignore_errors=True)
+        self._passes, self._from = 0, None
         self._data = {name: _digest(dataset) for name, dataset in self._datasets().items()}
         folder = None
         if resume_from_checkpoint is True:
@@ -87,6 +93,7 @@ class ExactResume:
                 self._load_progress(Path(folder))
             with preserved_rng():  # read once before anything is written; set when the first step begins
                 self._load_rng_state(folder)
+        self._from = folder
         return folder
 
     def _datasets(self) -> dict[str, Any]:
@@ -94,7 +101,8 @@ class ExactResume:
 
     def _progress(self) -> dict[str, Any]:
         """Of each process, what the parent's checkpoint lacks."""
-        return {"tokens": self._total_train_tokens}
+        passes = self._passes if isinstance(self.train_dataset, IterableDataset) else 1
+        return {"tokens": self._total_train_tokens, "stream_passes": passes}
 
     def _save_progress(self, folder: Path) -> None:
         text = json.dumps(self._progress())
@@ -103,15 +111,31 @@ class ExactResume:
     def _load_progress(self, folder: Path) -> dict[str, Any]:
         file = of_process(folder, "progress", ".json", self.args)
         progress = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        self._total_train_tokens = progress.get("tokens", 0)
+        self._total_train_tokens = int(progress.get("tokens", 0))
+        if progress.get("stream_passes", 1) > 1:
+            logger.warning(
+                f"{folder}: the training set is a stream that was read more than once, so this run does not go on "
+                f"exactly: its next rows are others; load it without streaming"
+            )
         return progress
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """The parent's counts the steps behind each one, so that a run which had ended would get one more."""
+        self._passes += 1
+        if self._passes == 1:
+            self._find_best()
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+    def _find_best(self) -> None:
+        """The best checkpoint so far by its number, beside those of this run: the path in a file is not followed."""
+        if self._from is None or self.state.best_model_checkpoint is None:
+            return
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        places = [Path(folder, name) for folder in (self.args.output_dir, Path(self._from).absolute().parent)]
+        self.state.best_model_checkpoint = next((str(place) for place in places if place.is_dir()), None)
 
     def _keep_what_is_good(self) -> str:
         """The weights before a step that failed, as a checkpoint; where they are, in words."""
@@ -141,7 +165,14 @@ class ExactResume:
     def _get_output_dir(self, trial: Any) -> str:
         return self._unfinished or super()._get_output_dir(trial)
 
+    def _stop_unless_weights_finite(self) -> None:
+        """An optimizer's own state, or its settings, can spoil weights behind finite gradients."""
+        if name := first_not_finite(self._trained().items()):
+            step = self.state.global_step
+            raise NotFinite(f"step {step}: {name} is NaN or infinite, so the run stops: lower learning_rate")
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._stop_unless_weights_finite()
         run, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         pushes, self.args.push_to_hub = self.args.push_to_hub, False  # behind the renaming
         for callback in self.callback_handler.callbacks:  # new since the checkpoint that this run goes on from
@@ -193,16 +224,31 @@ class ExactResume:
             "processes": self.args.world_size,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
             "data": self._data,
+            "model": self._model_facts(),
             "settings": json.loads(json.dumps(settings, default=str)),
         }
+
+    def _model_facts(self) -> dict[str, Any]:
+        """The adapter's config, and a digest of some elements of all frozen weights: the base, other roles."""
+        config = getattr(self.model, "peft_config", {}).get("default")
+        frozen = [(name, p) for name, p in self.model.named_parameters() if not p.requires_grad]
+        seen = hashlib.sha256()
+        for name, parameter in frozen:
+            seen.update(f"{name} {parameter.detach().flatten()[:_SEEN].tolist()}".encode())
+        adapter = {} if config is None else {key: _plain(value) for key, value in config.to_dict().items()}
+        return {"frozen weights": seen.hexdigest() if frozen else None, **adapter}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         with loading(f"the weights in {resume_from_checkpoint}"):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+            if name := first_not_finite(self._trained().items()):
+                raise InputError(f"{resume_from_checkpoint}: {name} is NaN or infinite; go on from another checkpoint")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with loading(f"optimizer and scheduler in {checkpoint}"):
             super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and self.optimizer is not None:
+                _check_moments(self.optimizer)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with loading(f"the random states in {checkpoint}"):
@@ -219,7 +265,9 @@ class ExactResume:
                 raise InputError(f"{folder / MANIFEST}: {name} is missing or no fact; go on from another checkpoint")
         if then["trainer"] != now["trainer"]:
             raise InputError(f"{folder}: a checkpoint of {then['trainer']}, not of {now['trainer']}; give its own")
-        groups = {"settings": "settings", "versions": "versions", "data": "other rows in"}
+        if not isinstance(then.get("model"), dict):
+            then["model"] = now["model"]
+        groups = {"settings": "settings", "versions": "versions", "data": "other rows in", "model": "the model's"}
         differences = [
             f"{words} {', '.join(_difference(key, then[key], now[key], name) for name in other)}"
             for key, words in groups.items()
@@ -231,12 +279,30 @@ class ExactResume:
             logger.warning(f"{folder}: this is not exactly the run that was stopped: {'; '.join(differences)}")
 
 
+def _plain(value: Any) -> Any:
+    """As JSON has it; sets in an order."""
+    return sorted(map(str, value)) if isinstance(value, set) else json.loads(json.dumps(value, default=str))
+
+
+def _check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Raise `ValueError` unless an optimizer's tensors have their weights' shapes, past which it would write."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    for parameter, state in inner.state.items():
+        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"):
+            moment = state.get(name)
+            if isinstance(moment, torch.Tensor) and moment.is_floating_point() and moment.shape != parameter.shape:
+                raise ValueError(f"{name} has the shape {list(moment.shape)} for a weight of {list(parameter.shape)}")
+
+
 def _difference(key: str, then: dict[str, Any], now: dict[str, Any], name: str) -> str:
-    return name if key == "data" else f"{name} {now[name]} and not {then.get(name)}"
+    short = key == "data" or name == "frozen weights"
+    return name if short else f"{name} {now[name]} and not {then.get(name)}"
 
 
 def _digest(dataset: Any) -> str | None:
     """Of a dataset's number of rows, and of a thousand of them, evenly spread; none of a stream."""
+    if isinstance(dataset, tuple):  # columns of token ids
+        return hashlib.sha256(json.dumps(dataset).encode()).hexdigest()
     if not isinstance(dataset, Dataset):
         return None
     some = dataset.select(range(0, len(dataset), max(1, len(dataset) // _SAMPLED)))

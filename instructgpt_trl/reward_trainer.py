@@ -295,6 +295,10 @@ class RewardTrainer(ExactResume, trl.RewardTrainer):
         scores = self.reward_model.score_ids(prompts, completions).tolist()
         RewardExamples(prompts, completions, scores, exact).write(output_dir)
 
+    def _datasets(self) -> dict[str, Any]:
+        own = {} if self._demonstrations is None else {"demonstration_dataset": self._demonstrations}
+        return {**super()._datasets(), **own}
+
     def _encode_demonstrations(self, dataset: Dataset | IterableDataset) -> tuple[list[list[int]], list[list[int]]]:
         rows = list(dataset)
         prompts, completions = self._reward_model.encode(

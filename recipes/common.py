@@ -38,7 +38,7 @@ from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from yaml import YAMLError
 
-from instructgpt_trl.checkpoints import check_checkpoint, last_checkpoint
+from instructgpt_trl.checkpoints import RunStopped, check_checkpoint, last_checkpoint
 from instructgpt_trl.data import InputError, as_conversations, encode_completion, load_rows
 from instructgpt_trl.memory import PARTS, Load, peak, predict
 from instructgpt_trl.peak_memory import PeakMemory
@@ -183,6 +183,8 @@ def check_lora(model: ModelConfig) -> None:
 def load_model(args: ModelArguments, model: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model, or an adapter on its base, on the GPU if there is one, and its tokenizer."""
     name = model.model_name_or_path
+    if (Path(name) / "reward_model.json").is_file():
+        raise InputError(f"{name} is a reward model, which generates nothing; give a policy")
     auto = AutoPeftModelForCausalLM if (Path(name) / "adapter_config.json").is_file() else AutoModelForCausalLM
     quantization = get_quantization_config(model)
     with loading(f"model {name}"):
@@ -401,10 +403,11 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Run a recipe: a mistake of the user's is one line and exit code 2; a mistake of ours keeps its traceback."""
     try:
         main(sys.argv[1:])
-    except (ValueError, ImportError, NoMatchingPeftModuleError) as error:  # the last two: flags for what is not there
+    except (ValueError, ImportError, NoMatchingPeftModuleError, RunStopped) as error:  # flags for what is not there
         if isinstance(error, ValueError) and not isinstance(error, InputError) and not _raised_by_libraries(error):
             raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        bar = "\n" if isinstance(error, RunStopped) else ""  # a progress bar stands on the line
+        print(f"{bar}error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
 
 

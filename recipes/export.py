@@ -60,6 +60,8 @@ def main(argv: list[str]) -> None:
     if config.load_in_4bit or config.load_in_8bit:
         raise InputError("an adapter is merged into a 16-bit base; leave load_in_4bit and load_in_8bit out")
     check_output_dir(args.output_dir)
+    if target.is_dir() and any(target.iterdir()):
+        raise InputError(f"output folder {target}: it is not empty; give another output_dir")
     texts = TEXTS if args.texts is None else load_rows(args.texts, "pretraining")["text"][:64]
     model, tokenizer = load_model(args, config)
     apart = logprobs(model.eval(), tokenizer, texts)

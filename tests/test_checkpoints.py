@@ -14,13 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer
+from conftest import make_llama, make_tokenizer
 from faults.stages import STEPS, World, differences, result_of
+from ppo_helpers import lora
+from safetensors.torch import load_file, save_file
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from instructgpt_trl import SFTTrainer, resume
+from instructgpt_trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, resume
 from instructgpt_trl.checkpoints import LOCK, check_checkpoint, flaw, last_checkpoint, only_run, seal
 from instructgpt_trl.data import InputError
+from instructgpt_trl.models.guards import NotFinite
 
 KILL = Path(__file__).parent / "faults" / "kill.py"
 
@@ -346,6 +349,101 @@ class Trap:
 
     def __reduce__(self):
         return (open, (Trap.path, "w"))
+
+
+def test_weights_that_are_spoiled_behind_finite_gradients_are_not_saved(world, tmp_path):
+    """Without an epsilon Adam divides 0 by 0 where a gradient is 0, as a new adapter's first is."""
+    for stage in ("sft", "reward"):
+        trainer = world.trainer(stage, "lora", tmp_path / stage, adam_epsilon=0.0)
+        with pytest.raises(NotFinite, match="step 1: .* is NaN .* nothing was saved; there is no checkpoint"):
+            trainer.train()
+        assert not list((tmp_path / stage).glob("checkpoint-*"))
+
+
+def test_the_best_checkpoint_is_one_of_this_run_whatever_a_file_says(world, tmp_path):
+    folder = tmp_path / "run"
+    world.trainer("sft", "lora", folder, max_steps=2).train()
+    shutil.copytree(folder / "checkpoint-1", tmp_path / "elsewhere")
+    file = folder / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    state |= {"best_model_checkpoint": str(tmp_path / "elsewhere"), "best_global_step": 77, "best_metric": -1e9}
+    file.write_text(json.dumps(state))
+    (folder / "checkpoint-2" / "checkpoint.json").unlink()
+    trainer = world.trainer("sft", "lora", folder, max_steps=3)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    assert trainer.state.best_model_checkpoint is None
+
+
+@pytest.mark.parametrize(("steps", "warned"), [(2, False), (6, True)])
+def test_a_stream_that_was_read_more_than_once_does_not_go_on_exactly(world, tmp_path, warnings_of, steps, warned):
+    def trainer(most: int):
+        settings = dict(max_steps=most, save_strategy="steps", save_steps=1, report_to="none", disable_tqdm=True)
+        args = SFTConfig(str(tmp_path), per_device_train_batch_size=4, gradient_checkpointing=False, **settings)
+        return SFTTrainer(world.base, args, train_dataset=world.demonstrations.to_iterable_dataset())
+
+    trainer(steps).train()
+    trainer(steps + 1).train(resume_from_checkpoint=True)
+    assert ("a stream that was read more than once" in warnings_of()) == warned
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "change", "message"),
+    [
+        ("sft", "optimizer.pt", lambda x: x["state"][0].update(exp_avg=torch.zeros(1)), "exp_avg has the shape"),
+        ("ppo", "ppo_state.json", lambda x: x.update(kl_coef=-5.0), "kl_coef=-5.0: expected a number from 0 on"),
+        ("ppo", "ppo_state.json", lambda x: x.update(kl_coef=float("nan")), "kl_coef=nan: expected"),
+        ("ppo", "progress.json", lambda x: x["rows"].update(train=0), "rows.train=0: expected a whole number"),
+        ("ppo", "progress.json", lambda x: x.update(tokens="x"), "cannot be loaded"),
+        ("ppo", "rollout.safetensors", lambda x: x["order"].fill_(0), "the order of the rollout is none"),
+        ("ppo", "rollout.safetensors", lambda x: x.update(advantages=torch.zeros(4, 1)), "advantages of the rollout"),
+        ("ppo", "adapter_model.safetensors", lambda x: next(iter(x.values())).fill_(torch.nan), "is NaN or infinite"),
+        ("sft", "adapter_model.safetensors", lambda x: next(iter(x.values())).fill_(torch.nan), "is NaN or infinite"),
+        ("sft", "trainer_state.json", lambda x: x.update(log_history=[1]), "log_history cannot be so"),
+        ("sft", "trainer_state.json", lambda x: x.update(total_flos="x"), "total_flos cannot be so"),
+        ("sft", "trainer_state.json", lambda x: x.update(best_global_step="../x"), "best_global_step cannot be so"),
+    ],
+)
+def test_what_cannot_be_in_a_checkpoint_is_named(world, runs_of_a_step, tmp_path, stage, name, change, message):
+    """Of one that somebody changed and sealed again."""
+    folder = tmp_path / "checkpoint-1"
+    shutil.copytree(runs_of_a_step[stage] / "checkpoint-1", folder)
+    file = folder / name
+    load, save = {".pt": (torch.load, torch.save), ".safetensors": (load_file, save_file)}.get(
+        file.suffix, (lambda f: json.loads(f.read_text()), lambda x, f: f.write_text(json.dumps(x)))
+    )
+    content = load(file)
+    change(content)
+    save(content, file)
+    (folder / "checkpoint.json").unlink()
+    with pytest.raises(InputError, match=message):
+        world.trainer(stage, "lora", tmp_path).train(resume_from_checkpoint=str(folder))
+
+
+@pytest.fixture(scope="module")
+def runs_of_a_step(world, tmp_path_factory) -> dict[str, Path]:
+    runs = {stage: tmp_path_factory.mktemp(stage) for stage in ("sft", "ppo")}
+    for stage, folder in runs.items():
+        world.trainer(stage, "lora", folder, max_steps=1, load_best_model_at_end=False).train()
+    return runs
+
+
+def test_another_adapter_or_base_is_said(world, tmp_path, warnings_of):
+    settings = dict(max_steps=1, save_strategy="steps", save_steps=1, report_to="none", disable_tqdm=True)
+
+    def trainer(base, **own):
+        rows = dict(
+            train_dataset=world.rankings, demonstration_dataset=world.demonstrations.select(range(own.pop("n", 3)))
+        )
+        return RewardTrainer(base, RewardConfig(str(tmp_path / "run"), **settings), peft_config=lora(**own), **rows)
+
+    trainer(world.base).train()
+    trainer(world.base).train(resume_from_checkpoint=True)
+    assert "not exactly the run" not in warnings_of()
+    make_llama(seed=5).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    trainer(str(tmp_path / "base"), lora_alpha=77, n=4).train(resume_from_checkpoint=True)
+    said = warnings_of()
+    assert "lora_alpha 77 and not 4" in said and "frozen weights" in said and "demonstration_dataset" in said
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "scheduler.pt", "training_args.bin"])

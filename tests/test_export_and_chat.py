@@ -3,6 +3,8 @@
 import builtins
 import importlib
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +58,21 @@ def test_a_merge_that_does_nothing_is_not_written(folders, tmp_path, monkeypatch
     with pytest.raises(InputError, match="nothing is written"):
         EXPORT.main(flags)
     assert not (tmp_path / "o" / "config.json").exists()
+
+
+def test_a_folder_that_holds_something_is_not_written_to(folders, tmp_path):
+    """Adapter and merged model in one folder would be neither."""
+    adapter = shutil.copytree(folders.sft, tmp_path / "adapter")
+    before = sorted(path.name for path in Path(adapter).iterdir())
+    with pytest.raises(InputError, match="adapter: it is not empty; give another output_dir"):
+        EXPORT.main(["--model_name_or_path", str(adapter), "--output_dir", str(adapter)])
+    assert sorted(path.name for path in Path(adapter).iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["reward_adapter", "reward_full"])
+def test_nobody_talks_to_a_reward_model(folders, name):
+    with pytest.raises(InputError, match="is a reward model, which generates nothing; give a policy"):
+        CHAT.main(["--model_name_or_path", getattr(folders, name)])
 
 
 @pytest.mark.parametrize("name, message", [("base", "only an adapter has"), ("reward_adapter", "is a reward model")])

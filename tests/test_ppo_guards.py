@@ -30,6 +30,7 @@ from instructgpt_trl import PPOConfig, PPOTrainer
 from instructgpt_trl._trl import ROOM, cache_with_room, sampled_by_cdf
 from instructgpt_trl.data import InputError, as_conversations
 from instructgpt_trl.data.episodes import last_token
+from instructgpt_trl.ppo_checks import check_evaluation
 from instructgpt_trl.processes import UNTESTED
 
 CUT = {
@@ -402,6 +403,17 @@ def test_a_head_of_a_model_that_projects_its_states_fits(tmp_path, prompts):
     trainer = PPOTrainer(model, mean_id, args=args, train_dataset=prompts, processing_class=make_tokenizer())
     assert trainer.roles.value.head.in_features == 8
     trainer.train()
+
+
+@pytest.mark.parametrize(("processes", "count", "refused"), [(2, 2, True), (2, 1, False), (1, 2, False)])
+def test_several_completions_a_prompt_are_evaluated_in_one_process(tmp_path, prompts, processes, count, refused):
+    args = SimpleNamespace(world_size=processes, num_generations_eval=count, num_generations=2)
+    check_evaluation(args, None)
+    if not refused:
+        check_evaluation(args, prompts)
+        return
+    with pytest.raises(InputError, match="num_generations_eval: 2 completions a prompt .* set it to 1"):
+        check_evaluation(args, prompts)
 
 
 def test_several_gpus_in_one_process_are_refused(folders, tmp_path, prompts, monkeypatch):

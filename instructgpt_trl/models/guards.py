@@ -6,7 +6,11 @@ import torch
 from torch import nn
 
 
-class NotFinite(RuntimeError):
+class RunStopped(RuntimeError):
+    """A run that cannot go on. The message is one line: the step, what was seen, what to do."""
+
+
+class NotFinite(RunStopped):
     """A number that would spoil a model. No weight has moved by it."""
 
 
