@@ -50,6 +50,13 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
         flush_folder(path)
 
 
+def clear_unfinished(run: Path) -> None:
+    """Remove what a save has left behind; a link there is removed and not followed."""
+    if (run / UNFINISHED).is_symlink():
+        (run / UNFINISHED).unlink()
+    shutil.rmtree(run / UNFINISHED, ignore_errors=True)
+
+
 def flaw(folder: str | os.PathLike) -> str | None:
     """What is wrong with a checkpoint, to be read by people; none if every file is as it was written."""
     folder = Path(folder)
@@ -176,7 +183,7 @@ def rotate(run: Path, limit: int | None, best: str | None) -> None:
     too_many = len(found) - max(limit, len(kept)) if limit and limit > 0 else 0
     for folder in [folder for folder in found if folder not in kept][: max(too_many, 0)]:
         os.rename(folder, run / UNFINISHED / f"old-{Path(folder).name}")
-    shutil.rmtree(run / UNFINISHED, ignore_errors=True)
+    clear_unfinished(run)
 
 
 def of_process(folder: Path, name: str, suffix: str, args: Any) -> Path:

@@ -1,5 +1,6 @@
 """Settings of [`PPOTrainer`]: TRL's `RLOOConfig` with the paper's values and the fields that PPO-ptx needs."""
 
+import math
 from dataclasses import dataclass, field
 
 from trl import RLOOConfig
@@ -14,7 +15,7 @@ OWN = {
     **dict.fromkeys(("beta", "vf_coef", "ptx_coef", "value_learning_rate"), FROM_0),
     **dict.fromkeys(("cliprange_value", "epsilon"), CLIP),
     **dict.fromkeys(("ptx_ratio", "kl_horizon", "max_prompt_length", "generation_micro_batch_size"), COUNT),
-    "warmup_updates": Range(0, whole=True),
+    "warmup_updates": Range(0, 2**31, whole=True),
     "ptx_max_length": Range(2, whole=True),
     "missing_eos_score": Range(),
     "kl_target": ABOVE_0,
@@ -138,6 +139,11 @@ class PPOConfig(RLOOConfig):
                 f"steps_per_generation={self.steps_per_generation}: expected a multiple of "
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}, so that a batch is whole minibatches"
             )
+        weights, span = self.reward_weights, self.reward_clip_range
+        if weights is not None and not (all(map(math.isfinite, weights)) and any(weights)):
+            raise InputError(f"reward_weights={weights}: expected numbers that are not all 0; correct it")
+        if span is not None and not (len(span) == 2 and all(map(math.isfinite, span)) and span[0] < span[1]):
+            raise InputError(f"reward_clip_range={list(span)}: expected two numbers, the smaller first; correct it")
         if self.epsilon_high is not None and self.epsilon_high != self.epsilon:
             raise InputError("epsilon_high: PPO clips on both sides alike; remove it and set epsilon")
         if self.sync_ref_model:

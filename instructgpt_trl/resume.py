@@ -24,6 +24,7 @@ from .checkpoints import (
     MANIFEST,
     UNFINISHED,
     check_checkpoint,
+    clear_unfinished,
     flush_folder,
     last_checkpoint,
     of_process,
@@ -75,7 +76,7 @@ class ExactResume:
     def _go_on_from(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """The checkpoint to start from, if any, checked, with what the parent does not read from it."""
         if self.args.should_save:
-            shutil.rmtree(Path(self.args.output_dir, UNFINISHED), ignore_errors=True)
+            clear_unfinished(Path(self.args.output_dir))
         self._passes, self._from = 0, None
         self._data = {name: _digest(dataset) for name, dataset in self._datasets().items()}
         folder = None
@@ -179,7 +180,7 @@ class ExactResume:
             if isinstance(callback, ExportableState):
                 self.state.stateful_callbacks.setdefault(type(callback).__name__, {})
         if self.args.should_save:
-            shutil.rmtree(run / UNFINISHED, ignore_errors=True)
+            clear_unfinished(run)
         self.accelerator.wait_for_everyone()
         self._unfinished = str(run / UNFINISHED)
         try:
@@ -189,7 +190,7 @@ class ExactResume:
             if self.args.should_save:
                 self._finish_checkpoint(run, name)
         except (OSError, SafetensorError, RuntimeError) as error:
-            shutil.rmtree(run / UNFINISHED, ignore_errors=True)
+            clear_unfinished(run)
             raise InputError(
                 f"step {self.state.global_step}: the checkpoint could not be written to {run} "
                 f"({' '.join(str(error).split())[:200]}; {shutil.disk_usage(run).free / 1e6:,.0f} MB are free there); "

@@ -192,6 +192,7 @@ def load_model(args: ModelArguments, model: ModelConfig) -> tuple[PreTrainedMode
             name,
             revision=model.model_revision,
             trust_remote_code=args.trust_remote_code,
+            use_safetensors=True,
             dtype=model.dtype,
             attn_implementation=model.attn_implementation,
             device_map="auto" if torch.cuda.is_available() else None,
@@ -403,12 +404,17 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Run a recipe: a mistake of the user's is one line and exit code 2; a mistake of ours keeps its traceback."""
     try:
         main(sys.argv[1:])
-    except (ValueError, ImportError, NoMatchingPeftModuleError, RunStopped) as error:  # flags for what is not there
-        if isinstance(error, ValueError) and not isinstance(error, InputError) and not _raised_by_libraries(error):
+    except (InputError, ImportError, NoMatchingPeftModuleError, RunStopped) as error:  # flags for what is not there
+        told = error
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        if not _raised_by_libraries(error):
             raise
-        bar = "\n" if isinstance(error, RunStopped) else ""  # a progress bar stands on the line
-        print(f"{bar}error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        told = error
+    else:
+        return
+    bar = "\n" if isinstance(told, RunStopped) else ""  # a progress bar stands on the line
+    print(f"{bar}error:", " ".join(str(told).split()), file=sys.stderr)
+    sys.exit(2)
 
 
 def _raised_by_libraries(error: BaseException) -> bool:

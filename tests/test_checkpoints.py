@@ -146,6 +146,16 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(world, tmp_
     trainer.train()  # and it is free again
 
 
+def test_a_link_in_the_place_of_an_unfinished_checkpoint_is_not_followed(world, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine").write_text("kept")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".unfinished-checkpoint").symlink_to(tmp_path / "elsewhere")
+    world.trainer("sft", "lora", tmp_path / "run", max_steps=1).train()
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["mine"]
+    assert flaw(tmp_path / "run" / "checkpoint-1") is None and not (tmp_path / "run" / "checkpoint-1").is_symlink()
+
+
 def test_a_killed_run_holds_no_folder(tmp_path):
     code = f"import os, signal\nfrom instructgpt_trl.checkpoints import only_run\nwith only_run({str(tmp_path)!r}):\n"
     done = subprocess.run([sys.executable, "-c", code + "    os.kill(os.getpid(), signal.SIGKILL)"])

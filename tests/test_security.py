@@ -5,12 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers.dynamic_module_utils
 from conftest import make_llama, make_tokenizer
 from datasets import Dataset
 from generate import Policy
 from language_model import LanguageModel
 from ppo_helpers import config, mean_id, save_reward_model, save_sft_adapter
+from safetensors.torch import load_file
 
 from instructgpt_trl import PPOTrainer, RewardConfig, RewardModel, RewardTrainer, SFTConfig, SFTTrainer
 from instructgpt_trl.data import InputError, encode_completion, encode_prompt
@@ -92,6 +94,15 @@ def test_it_runs_where_it_is_asked_for_by_name(folder, touched):
     with pytest.raises(InputError):  # the code has no model in it
         load_policy(folder, trust_remote_code=True)
     assert touched.exists()
+
+
+def test_weights_that_are_a_pickle_are_not_read(tmp_path, touched):
+    make_llama().save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="model.safetensors"):
+        load_policy(str(tmp_path))
 
 
 def test_a_reward_model_on_such_a_base_runs_nothing(folder, touched, tmp_path, base_dir, prompts):

@@ -133,7 +133,8 @@ def load_whole(name: str, what: str, architecture: Any = None, **kwargs: Any) ->
     if Path(name).is_dir():
         check_folder(name)
     # Mismatches are told below, with their names; without an answer transformers would ask whether to run code
-    kwargs = {"ignore_mismatched_sizes": True, "trust_remote_code": False, **kwargs}
+    safe = {"trust_remote_code": False, "use_safetensors": True}  # no pickle
+    kwargs = {"ignore_mismatched_sizes": True, **safe, **kwargs}
     with loading(what):
         model, info = create_model_from_path(name, architecture, output_loading_info=True, **kwargs)
     kind = read_object(Path(name) / "config.json").get("model_type") if Path(name).is_dir() else None
