@@ -9,7 +9,9 @@ from enum import Enum
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
-from transformers import IntervalStrategy, SchedulerType
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import IntervalStrategy, SchedulerType, get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
@@ -50,6 +52,7 @@ SEED = Range(0, 2**32 - 1, whole=True)
 SHARE = Range(0, 1)
 BELOW_1 = Range(0, 1, open=(1,))
 ABOVE_0 = Range(0, open=(0,))
+LARGEST = 1e30  # float32 ends a little further on
 
 # Fields of transformers and TRL. `None` is allowed where it is the default
 RANGES: dict[str, Range] = {
@@ -63,9 +66,10 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "eval_delay"), FROM_0),
     **dict.fromkeys(("center_rewards_coefficient", "router_aux_loss_coef", "eval_steps"), FROM_0),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), BELOW_1),
-    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "temperature"), ABOVE_0),
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps"), ABOVE_0),
     **dict.fromkeys(("seed", "data_seed"), SEED),
     "warmup_steps": Range(0, 2**31),
+    "temperature": Range(1e-4),
     "max_steps": Range(-1, open=(0,), whole=True),
     "max_grad_norm": Range(0, infinite=True),
     "neftune_noise_alpha": FROM_0,
@@ -108,6 +112,15 @@ def check_settings(config: Any, own: Mapping[str, Range]) -> None:
         optional = defaults.get(name, 0) is None or name in ("max_length", "max_prompt_length")
         if name in defaults and value not in allowed and not (value is None and optional):
             raise InputError(f"{name}={_short(value)}: expected {allowed}{' or none' * optional}; correct it")
+    for name in defaults:
+        value = getattr(config, name)
+        if isinstance(value, Real) and not isinstance(value, bool) and LARGEST < abs(value) < math.inf:
+            raise InputError(f"{name}={_short(value)}: expected a number up to {LARGEST:g}; correct it")
+    multiple = getattr(config, "pad_to_multiple_of", None)  # a word, too
+    if isinstance(multiple, Real) and multiple not in COUNT:
+        raise InputError(f"pad_to_multiple_of={multiple}: expected {COUNT} or none; correct it")
+    if getattr(config, "activation_offloading", False) and not torch.accelerator.is_available():
+        raise InputError("activation_offloading: there is no GPU to take activations from; leave it out")
     for name, kind in CHOICES.items():
         value = getattr(config, name)
         if value not in list(kind):
@@ -135,6 +148,26 @@ def _check_schedule(config: Any) -> None:
         takes = f"takes {', '.join(sorted(own))}" if own else "takes none"
         raise InputError(
             f"lr_scheduler_kwargs: {_short(str(unknown[0]))}, and the schedule {schedule.value} {takes}; correct it"
+        )
+
+    if not given and schedule != SchedulerType.WARMUP_STABLE_DECAY:  # which has no defaults
+        return
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    rates = []
+    try:
+        made = get_scheduler(schedule, optimizer, 1, 4, scheduler_specific_kwargs=dict(given))
+        while len(rates) < 4 and isinstance(made, LambdaLR):  # the others look at metrics
+            optimizer.step()
+            made.step()
+            rates.append(float(optimizer.param_groups[0]["lr"]))
+    except Exception as error:  # of any type, as the value is
+        raise InputError(
+            f"lr_scheduler_kwargs={_short(given)}: there is no schedule {schedule.value} with it ({error}); correct it"
+        ) from None
+    if not all(0 <= rate < math.inf for rate in rates):
+        raise InputError(
+            f"lr_scheduler_kwargs={_short(given)}: the schedule {schedule.value} has learning rates below 0 or none "
+            f"with it; correct it"
         )
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 
 from trl import RLOOConfig
 
@@ -140,9 +141,9 @@ class PPOConfig(RLOOConfig):
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}, so that a batch is whole minibatches"
             )
         weights, span = self.reward_weights, self.reward_clip_range
-        if weights is not None and not (all(map(math.isfinite, weights)) and any(weights)):
+        if weights is not None and not (all(map(_is_finite, weights)) and any(weights)):
             raise InputError(f"reward_weights={weights}: expected numbers that are not all 0; correct it")
-        if span is not None and not (len(span) == 2 and all(map(math.isfinite, span)) and span[0] < span[1]):
+        if span is not None and not (len(span) == 2 and all(map(_is_finite, span)) and span[0] < span[1]):
             raise InputError(f"reward_clip_range={list(span)}: expected two numbers, the smaller first; correct it")
         if self.epsilon_high is not None and self.epsilon_high != self.epsilon:
             raise InputError("epsilon_high: PPO clips on both sides alike; remove it and set epsilon")
@@ -176,3 +177,7 @@ class PPOConfig(RLOOConfig):
             raise InputError(
                 "generation_kwargs['temperature']: set temperature itself, so that log-probs agree with it"
             )
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)

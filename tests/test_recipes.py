@@ -417,7 +417,7 @@ def test_resuming_by_flag_goes_on_from_the_last_checkpoint(base_dir, rows, tmp_p
 
 
 def test_a_run_that_diverges_ends_in_one_line(base_dir, rows, tmp_path, capsys, monkeypatch):
-    flags = [*sft_flags(base_dir, rows, tmp_path / "S"), "--learning_rate", "1e300"]
+    flags = [*sft_flags(base_dir, rows, tmp_path / "S"), "--learning_rate", "1e30"]
     line = refused(SCRIPTS[0], [*flags, *TINY], capsys, monkeypatch)
     assert "is NaN or infinite, so the run stops" in line
 
