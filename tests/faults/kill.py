@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from stages import STAGES, World, differences, result_of
+from tqdm import tqdm
 from transformers import Trainer
 
 from instructgpt_trl import PPOTrainer, checkpoints, resume
@@ -52,6 +54,7 @@ def in_a_child(work: Callable[[], None], log: Path) -> int:
     child = os.fork()
     if child:
         return child
+    tqdm.set_lock(threading.RLock())  # its own is shared, and stays locked by who is killed with it
     try:
         with log.open("a") as file:
             os.dup2(file.fileno(), 1)
