@@ -137,7 +137,7 @@ def check_settings(config: Any, own: Mapping[str, Range]) -> None:
 
 
 def _check_schedule(config: Any) -> None:
-    """Raise [`InputError`] if `lr_scheduler_kwargs` has a key that the schedule does not take."""
+    """Raise [`InputError`] if `lr_scheduler_kwargs` has a key or a value that the schedule does not take."""
     given = config.lr_scheduler_kwargs or {}
     given = json.loads(given) if isinstance(given, str) else given
     schedule = SchedulerType(config.lr_scheduler_type)
@@ -149,7 +149,6 @@ def _check_schedule(config: Any) -> None:
         raise InputError(
             f"lr_scheduler_kwargs: {_short(str(unknown[0]))}, and the schedule {schedule.value} {takes}; correct it"
         )
-
     if not given and schedule != SchedulerType.WARMUP_STABLE_DECAY:  # which has no defaults
         return
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)

@@ -60,8 +60,8 @@ class ExactResume:
 
     _unfinished: str | None = None  # folder that a checkpoint is being written into
     _counted = (-1, 0)  # optimizer step, and micro-batches of it
-    _passes = 0  # over the training set, in this process
-    _from: str | None = None  # checkpoint that this run goes on from
+    _passes = 0  # over the training set
+    _from: str | None = None  # checkpoint that this run goes on from, until its state is read
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         with only_run(self.args.output_dir) if self.args.should_save else nullcontext():
@@ -113,7 +113,8 @@ class ExactResume:
         file = of_process(folder, "progress", ".json", self.args)
         progress = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         self._total_train_tokens = int(progress.get("tokens", 0))
-        if progress.get("stream_passes", 1) > 1:
+        self._passes = progress.get("stream_passes", 1) - 1  # the last one is begun again
+        if self._passes > 0:
             logger.warning(
                 f"{folder}: the training set is a stream that was read more than once, so this run does not go on "
                 f"exactly: its next rows are others; load it without streaming"
@@ -123,8 +124,7 @@ class ExactResume:
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """The parent's counts the steps behind each one, so that a run which had ended would get one more."""
         self._passes += 1
-        if self._passes == 1:
-            self._find_best()
+        self._find_best()
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -132,10 +132,11 @@ class ExactResume:
 
     def _find_best(self) -> None:
         """The best checkpoint so far by its number, beside those of this run: the path in a file is not followed."""
-        if self._from is None or self.state.best_model_checkpoint is None:
+        folder, self._from = self._from, None
+        if folder is None or self.state.best_model_checkpoint is None:
             return
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-        places = [Path(folder, name) for folder in (self.args.output_dir, Path(self._from).absolute().parent)]
+        places = [Path(self.args.output_dir, name), Path(folder).absolute().with_name(name)]
         self.state.best_model_checkpoint = next((str(place) for place in places if place.is_dir()), None)
 
     def _keep_what_is_good(self) -> str:
@@ -237,6 +238,7 @@ class ExactResume:
         for name, parameter in frozen:
             seen.update(f"{name} {parameter.detach().flatten()[:_SEEN].tolist()}".encode())
         adapter = {} if config is None else {key: _plain(value) for key, value in config.to_dict().items()}
+        adapter.pop("base_model_name_or_path", None)  # a base that was moved is the same
         return {"frozen weights": seen.hexdigest() if frozen else None, **adapter}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
