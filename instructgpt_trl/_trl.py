@@ -75,6 +75,7 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
         "__init__",
         "train",
         "training_step",
+        "evaluate",
         "_prepare_dataset",
         "_set_signature_columns_if_needed",
         "compute_loss",

@@ -29,7 +29,7 @@ logger = logging.get_logger(__name__)
 
 __all__ = ["RunStopped", "check_checkpoint", "flaw", "last_checkpoint"]
 
-MANIFEST = "checkpoint.json"
+MANIFEST, FORMAT = "checkpoint.json", 1
 UNFINISHED = ".unfinished-checkpoint"
 LOCK = "_training.lock"  # a name that Trainer does not push to the hub
 
@@ -43,7 +43,7 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
             files[name] = {"bytes": file.tell(), "sha256": digest}
             os.fsync(file.fileno())
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump({"format": 1, **facts, "files": files}, file, indent=1, default=str)
+        json.dump({"format": FORMAT, **facts, "files": files}, file, indent=1, default=str)
         file.flush()
         os.fsync(file.fileno())
     for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
@@ -66,6 +66,8 @@ def flaw(folder: str | os.PathLike) -> str | None:
         if not all(isinstance(known[name], dict) for name in ("versions", "data", "settings")) or not sizes:
             raise ValueError
         known["trainer"], known["processes"]  # noqa: B018  a KeyError, if it lacks them
+        if known["format"] != FORMAT:
+            return f"{MANIFEST} has format {str(known['format'])[:20]!r}, and this version reads {FORMAT}"
     except FileNotFoundError:
         return f"no {MANIFEST} is in it, so it was not finished, or another program wrote it"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

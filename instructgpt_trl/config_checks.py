@@ -1,58 +1,25 @@
 """What settings may be, one by one. The parents take most of their numbers as they come, negative ones and NaN too."""
 
-import dataclasses
 import inspect
 import json
 import math
 from collections.abc import Mapping
 from enum import Enum
-from numbers import Integral, Real
-from typing import Any, NamedTuple
+from numbers import Real
+from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.checkpoint import checkpoint
 from transformers import IntervalStrategy, SchedulerType, get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
 from .data import InputError
-
-
-class Range(NamedTuple):
-    """Numbers from `least` to `most`; `open` says which of the two are out, `whole` that there is nothing between."""
-
-    least: float = -math.inf
-    most: float = math.inf
-    open: tuple[float, ...] = ()
-    whole: bool = False
-    infinite: bool = False
-
-    def __contains__(self, value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
-            return False
-        if isinstance(value, Integral):  # which may be too large for a float
-            return self.least <= value <= self.most and value not in self.open
-        finite = math.isfinite(value) or (self.infinite and value == math.inf)
-        return finite and self.least <= value <= self.most and value not in self.open
-
-    def __str__(self) -> str:
-        kind = "a whole number" if self.whole else "a number"
-        if self.least == -math.inf:
-            return kind
-        least = f"above {self.least:g}" if self.least in self.open else f"from {self.least:g}"
-        if self.most == math.inf:
-            return f"{kind} {least}" + ("" if self.least in self.open else " on")
-        return f"{kind} {least} to " + (f"below {self.most:g}" if self.most in self.open else f"{self.most:g}")
-
-
-COUNT = Range(1, whole=True)
-FROM_0 = Range(0)
-SEED = Range(0, 2**32 - 1, whole=True)
-SHARE = Range(0, 1)
-BELOW_1 = Range(0, 1, open=(1,))
-ABOVE_0 = Range(0, open=(0,))
-LARGEST = 1e30  # float32 ends a little further on
+from .ranges import ABOVE_0, BELOW_1, COUNT, FROM_0, SEED, Range, check_ranges, shown
 
 # Fields of transformers and TRL. `None` is allowed where it is the default
 RANGES: dict[str, Range] = {
@@ -62,6 +29,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("eval_accumulation_steps", "torch_empty_cache_steps", "dataloader_prefetch_factor"), COUNT),
     **dict.fromkeys(("dataset_num_proc", "ddp_timeout", "max_length", "num_iterations"), COUNT),
     **dict.fromkeys(("num_generations", "num_generations_eval", "generation_batch_size"), COUNT),
+    "num_completions_to_print": COUNT,
     **dict.fromkeys(("steps_per_generation", "max_completion_length"), COUNT),
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "eval_delay"), FROM_0),
     **dict.fromkeys(("center_rewards_coefficient", "router_aux_loss_coef", "eval_steps"), FROM_0),
@@ -93,6 +61,12 @@ OBJECTS = (
     "activation_checkpointing_kwargs",
 )
 OBJECTS += ("generation_kwargs", "chat_template_kwargs", "dataset_kwargs", "transformers_continuous_batching_config")
+# Objects with keys that are known: the parameters of what gets them
+KEYS = {
+    "accelerator_config": {*inspect.signature(AcceleratorConfig).parameters},
+    "gradient_checkpointing_kwargs": {*inspect.signature(checkpoint).parameters, "preserve_rng_state"}
+    - {"function", "args", "kwargs"},
+}
 
 
 def check_settings(config: Any, own: Mapping[str, Range]) -> None:
@@ -106,16 +80,9 @@ def check_settings(config: Any, own: Mapping[str, Range]) -> None:
     Raises:
         [`InputError`]: the field, its value and what was expected.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    for name, allowed in {**RANGES, **own}.items():
-        value = getattr(config, name, None)
-        optional = defaults.get(name, 0) is None or name in ("max_length", "max_prompt_length")
-        if name in defaults and value not in allowed and not (value is None and optional):
-            raise InputError(f"{name}={_short(value)}: expected {allowed}{' or none' * optional}; correct it")
-    for name in defaults:
-        value = getattr(config, name)
-        if isinstance(value, Real) and not isinstance(value, bool) and LARGEST < abs(value) < math.inf:
-            raise InputError(f"{name}={_short(value)}: expected a number up to {LARGEST:g}; correct it")
+    check_ranges(config, {**RANGES, **own})
+    if config.output_dir is not None and not str(config.output_dir).strip():
+        raise InputError(f"output_dir={config.output_dir!r}: expected the name of a folder; correct it")
     multiple = getattr(config, "pad_to_multiple_of", None)  # a word, too
     if isinstance(multiple, Real) and multiple not in COUNT:
         raise InputError(f"pad_to_multiple_of={multiple}: expected {COUNT} or none; correct it")
@@ -126,20 +93,37 @@ def check_settings(config: Any, own: Mapping[str, Range]) -> None:
         if value not in list(kind):
             words = ", ".join(repr(choice.value) for choice in kind)
             quotes = "; in YAML write it in quotes" if isinstance(value, bool) else ""
-            raise InputError(f"{name}={_short(value)}: expected one of {words}{quotes}")
+            raise InputError(f"{name}={shown(value)}: expected one of {words}{quotes}")
     if config.alarms not in ALARM_LEVELS:
         raise InputError(f"alarms={config.alarms!r}: expected {', '.join(map(repr, ALARM_LEVELS))}")
     for name in OBJECTS:
         value = getattr(config, name, None)
-        if value is not None and not _is_object(value):
-            raise InputError(f"{name}={_short(value)}: expected an object, as in '{{\"key\": 1}}'; correct it")
+        if value is not None and _as_object(value) is None:
+            raise InputError(f"{name}={shown(value)}: expected an object, as in '{{\"key\": 1}}'; correct it")
+    for name, known in KEYS.items():
+        for key in _as_object(getattr(config, name)) or ():
+            if key not in known:
+                raise InputError(f"{name}: {shown(key)} is none of {', '.join(sorted(known))}; correct it")
+    _check_compilation(config)
     _check_schedule(config)
+
+
+def _check_compilation(config: Any) -> None:
+    """What `torch.compile` would refuse at the first step, or accelerate when it is made."""
+    backend, mode = config.torch_compile_backend, config.torch_compile_mode
+    if backend is not None and str(backend).upper() not in list(DynamoBackend):
+        words = ", ".join(repr(choice.value.lower()) for choice in DynamoBackend)
+        raise InputError(f"torch_compile_backend={shown(backend)}: expected one of {words}; correct it")
+    if mode is not None:
+        try:
+            torch.compile(torch.nn.Identity(), mode=mode)
+        except RuntimeError as error:
+            raise InputError(f"torch_compile_mode={shown(mode)}: {error}; correct it") from None
 
 
 def _check_schedule(config: Any) -> None:
     """Raise [`InputError`] if `lr_scheduler_kwargs` has a key or a value that the schedule does not take."""
-    given = config.lr_scheduler_kwargs or {}
-    given = json.loads(given) if isinstance(given, str) else given
+    given = _as_object(config.lr_scheduler_kwargs) or {}
     schedule = SchedulerType(config.lr_scheduler_type)
     parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[schedule]).parameters.values()
     own = {one.name for one in parameters} - {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
@@ -147,7 +131,7 @@ def _check_schedule(config: Any) -> None:
     if unknown and not any(one.kind is one.VAR_KEYWORD for one in parameters):
         takes = f"takes {', '.join(sorted(own))}" if own else "takes none"
         raise InputError(
-            f"lr_scheduler_kwargs: {_short(str(unknown[0]))}, and the schedule {schedule.value} {takes}; correct it"
+            f"lr_scheduler_kwargs: {shown(str(unknown[0]))}, and the schedule {schedule.value} {takes}; correct it"
         )
     if not given and schedule != SchedulerType.WARMUP_STABLE_DECAY:  # which has no defaults
         return
@@ -161,27 +145,20 @@ def _check_schedule(config: Any) -> None:
             rates.append(float(optimizer.param_groups[0]["lr"]))
     except Exception as error:  # of any type, as the value is
         raise InputError(
-            f"lr_scheduler_kwargs={_short(given)}: there is no schedule {schedule.value} with it ({error}); correct it"
+            f"lr_scheduler_kwargs={shown(given)}: there is no schedule {schedule.value} with it ({error}); correct it"
         ) from None
     if not all(0 <= rate < math.inf for rate in rates):
         raise InputError(
-            f"lr_scheduler_kwargs={_short(given)}: the schedule {schedule.value} has learning rates below 0 or none "
+            f"lr_scheduler_kwargs={shown(given)}: the schedule {schedule.value} has learning rates below 0 or none "
             f"with it; correct it"
         )
 
 
-def _is_object(value: Any) -> bool:
+def _as_object(value: Any) -> Mapping | None:
+    """An object, or that of its JSON text; none of anything else."""
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.startswith("{") else None
         except (ValueError, RecursionError):
-            return False
-    return isinstance(value, Mapping)
-
-
-def _short(value: Any) -> str:
-    try:
-        text = value if isinstance(value, str) else repr(value)
-    except ValueError:  # thousands of digits
-        text = "a number of thousands of digits"
-    return text if len(text) <= 80 else f"{text[:80]}.."
+            return None
+    return value if isinstance(value, Mapping) else None

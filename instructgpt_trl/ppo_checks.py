@@ -1,9 +1,11 @@
 """What PPO refuses before any work is done, each on one line."""
 
+import inspect
+
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .data import InputError
 from .models.rewards import is_model
@@ -75,6 +77,17 @@ def check_generation(args: PPOConfig, model: PreTrainedModel | PeftModel) -> Non
             "use_transformers_continuous_batching: TRL casts the whole policy for it, and adapters stay float32 here; "
             "leave it out, or set bf16 and fp16 to false"
         )
+
+
+def check_template(args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A variable that a chat template does not know is passed over by jinja."""
+    own = inspect.signature(tokenizer.apply_chat_template).parameters
+    template = tokenizer.chat_template
+    for name in args.chat_template_kwargs or {}:
+        if isinstance(template, str) and name not in own and name not in template:
+            raise InputError(
+                f"chat_template_kwargs['{name}']: the tokenizer's chat template never reads it; correct or remove it"
+            )
 
 
 def check_first_kl(kl: torch.Tensor) -> None:

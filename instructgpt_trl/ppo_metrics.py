@@ -13,7 +13,10 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from .data.episodes import Episodes
+from .models.rewards import ModelReward
 from .processes import of_all
+
+_OF_LENGTHS = ("mean", "min", "max")
 
 
 def per_completion(
@@ -36,6 +39,19 @@ def per_completion(
         "objective/entropy": torch.where(mask, entropies, 0.0).sum(1) / mask.sum(1),
         "completions/eos_rate": episodes["ended"].float(),
         "completions/mean_length": episodes["completion_lengths"].float(),
+    }
+
+
+def lengths_of(lengths: tuple[float, ...], ended: tuple[float, ...]) -> dict[str, float]:
+    """TRL's metrics of the lengths of a batch's completions, all of them and those that ended with EOS."""
+    ends = [length for length, end in zip(lengths, ended, strict=True) if end] or [0.0]
+    return {
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": 1 - sum(ended) / len(ended),
+        "completions/mean_terminated_length": sum(ends) / len(ends),
+        "completions/min_terminated_length": min(ends),
+        "completions/max_terminated_length": max(ends),
     }
 
 
@@ -87,6 +103,16 @@ def _number(x: Tensor) -> float | None:
 class RolloutLog:
     """The part of [`PPOTrainer`] that logs rollouts, of all processes together. Overrides: `log`."""
 
+    EVALUATION = ("objective/kl", "objective/scores", "objective/scores_std", "objective/rlhf_reward")
+    EVALUATION += ("objective/entropy", "objective/kl_coef", "value/explained_variance", "num_tokens")
+    EVALUATION += ("completions/eos_rate", "completions/clipped_ratio")
+    EVALUATION += tuple(f"completions/{of}_{kind}" for kind in ("length", "terminated_length") for of in _OF_LENGTHS)
+
+    def _metrics_of_evaluation(self) -> tuple[str, ...] | None:
+        if not all(isinstance(function, ModelReward) for function in self.reward_funcs):
+            return None  # which may have a `log_metric`
+        return (*self.EVALUATION, *(f"rewards/{name}/mean" for name in self.reward_func_names))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the parent's, but several evaluation sets have names of their own: `eval_<set>_objective/scores`."""
         self._log_spread("train" if self.model.training else "eval")
@@ -117,6 +143,10 @@ class RolloutLog:
         names = [*per_row, *(f"rewards/{name}/mean" for name in of_functions)]
         for name, column in zip(names, columns, strict=True):
             metrics[name].extend(column)  # the parent's mean over entries is the mean over completions
+        if mode == "eval":  # the parent's have the rows of the last batch twice that fill it up
+            of = dict(zip(names, columns, strict=True))
+            for name, value in lengths_of(of["completions/mean_length"], of["completions/eos_rate"]).items():
+                metrics[name][-1] = value
         metrics["objective/kl_coef"].append(self.kl_coef)
         self._tokens[mode].extend(tokens)
         for name in sorted(set(gather_object(list(self._pending_metrics)))):  # what functions gave to `log_metric`

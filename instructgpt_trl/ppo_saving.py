@@ -54,6 +54,8 @@ class PPOSaving(ExactResume):
         if self.ema is not None:
             with loading(str(folder / "ema")):
                 self._load_policy(folder / "ema")
+                if name := first_not_finite(self._policy_parameters.items()):
+                    raise ValueError(f"{name} is NaN or infinite; go on from another checkpoint")
             self.ema.copy_from_parameters()
         with loading(str(folder)):
             self._load_policy(folder)

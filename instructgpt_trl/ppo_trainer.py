@@ -46,7 +46,7 @@ from .models.loading import (
     load_tokenizer,
     warn_beyond_context,
 )
-from .models.lora import check_start, merged_lora, merged_parameters
+from .models.lora import check_named, check_start, merged_lora, merged_parameters
 from .models.reward_examples import read_examples
 from .models.reward_parts import reward_parts
 from .models.rewards import ModelReward, all_rewards, finite_reward, is_model
@@ -60,6 +60,7 @@ from .ppo_checks import (
     check_first_ratio,
     check_generation,
     check_process,
+    check_template,
     too_small,
 )
 from .ppo_config import PPOConfig
@@ -182,6 +183,7 @@ class PPOTrainer(RolloutLog, PPOSaving, RLOOTrainer):
             for config in (peft_config, *own, *(part.config for part in parts)):
                 check_start(config)
             check_generation(args, model)
+            check_template(args, processing_class)
             warn_beyond_context(model.config, args.max_prompt_length, args.max_completion_length)
             template = args.chat_template_kwargs or {}
             self._short = partial(
@@ -207,6 +209,7 @@ class PPOTrainer(RolloutLog, PPOSaving, RLOOTrainer):
                     peft_config=new_adapter,
                 )
             self.beta = beta
+            check_named(self.model)
             self._stop_at_turn_end()
             names = self.reward_func_names
             seen = [names[:i].count(name) for i, name in enumerate(names)]
@@ -646,6 +649,7 @@ class PPOTrainer(RolloutLog, PPOSaving, RLOOTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """As the parent's, on completions sampled from the config's seed each time; the caller's generators go on."""
+        check_launch(self.args, eval_dataset)
         with preserved_rng():
             set_seed(self.args.seed, device_specific=True)
             self._evaluated = metric_key_prefix.removeprefix("eval").removeprefix("_")

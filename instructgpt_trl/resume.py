@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase
+from transformers import IntervalStrategy, PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -58,12 +58,14 @@ class ExactResume:
     `_load_optimizer_and_scheduler`, `_load_rng_state`; calls `_push_from_checkpoint`.
     """
 
+    EVALUATION: tuple[str, ...] = ()  # names of what an evaluation may log, without `eval_`
     _unfinished: str | None = None  # folder that a checkpoint is being written into
     _counted = (-1, 0)  # optimizer step, and micro-batches of it
     _passes = 0  # over the training set
     _from: str | None = None  # checkpoint that this run goes on from, until its state is read
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        self._check_best_metric()
         with only_run(self.args.output_dir) if self.args.should_save else nullcontext():
             folder = self._go_on_from(resume_from_checkpoint)
             try:
@@ -72,6 +74,23 @@ class ExactResume:
                 return output
             except NotFinite as error:
                 raise NotFinite(f"{error}; {self._keep_what_is_good()}") from error
+
+    def _metrics_of_evaluation(self) -> tuple[str, ...] | None:
+        """Without `eval_`; none where a function of the user's adds to them."""
+        return None if self.compute_metrics is not None else self.EVALUATION
+
+    def _check_best_metric(self) -> None:
+        """What the parent finds out at the first evaluation."""
+        best, metrics = self.args.metric_for_best_model, self._metrics_of_evaluation()
+        if best is None or metrics is None or self.args.eval_strategy == IntervalStrategy.NO:
+            return
+        sets = [f"{name}_" for name in self.eval_dataset] if isinstance(self.eval_dataset, dict) else [""]
+        known = [f"eval_{name}{metric}" for name in sets for metric in metrics]
+        if f"eval_{best.removeprefix('eval_')}" not in known:
+            raise InputError(
+                f"metric_for_best_model={best!r}: no evaluation of this run logs it; expected one of "
+                f"{', '.join(known)}"
+            )
 
     def _go_on_from(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """The checkpoint to start from, if any, checked, with what the parent does not read from it."""

@@ -24,7 +24,7 @@ from .models.folders import adapter_base
 from .models.guards import stop_unless_finite, stop_unless_gradients_finite
 from .models.limits import freed_memory_reused
 from .models.loading import float32_adapters, is_adapter, keep_gradients, load_tokenizer
-from .models.lora import fuse_lora, without_casts
+from .models.lora import check_named, fuse_lora, without_casts
 from .models.reward_examples import COUNT, RewardExamples
 from .models.reward_folder import forget_reward_config, quantized_by, read_reward_config
 from .models.reward_model import RewardModel
@@ -83,6 +83,9 @@ class RewardTrainer(ExactResume, trl.RewardTrainer):
     prompt's own; `min_reward`, `mean_reward`, `max_reward`, `score_std` over all completions, before the bias;
     `tied_pairs`, `shortened_rows` counts; `num_tokens`. All but the last since the last log, over all processes.
     """
+
+    EVALUATION = ("loss", "accuracy", "prompt_accuracy", "margin", "min_reward", "mean_reward", "max_reward")
+    EVALUATION += ("score_std", "tied_pairs", "shortened_rows", "num_tokens")
 
     def __init__(
         self,
@@ -143,6 +146,7 @@ class RewardTrainer(ExactResume, trl.RewardTrainer):
                     peft_config=scalar_config(peft_config) if isinstance(peft_config, PeftConfig) else peft_config,
                 )
         self.add_callback(AlarmCallback(alarms.REWARD, getattr(args, "alarms", "warn")))  # TRL's config has none
+        check_named(self.model)
         keep_gradients(self.model)
         fuse_lora(self.model)
         _keep_float32(self.model, head)
@@ -181,6 +185,11 @@ class RewardTrainer(ExactResume, trl.RewardTrainer):
             mean = self.reward_model.calibrate_ids(*self._demonstrations, self.args.per_device_eval_batch_size)
             logger.info(f"demonstrations scored {mean:.6f} on average; the bias is now {self.reward_model.bias:.6f}")
         return result
+
+    def evaluate(self, eval_dataset: Any = None, *args, **kwargs) -> dict[str, float]:
+        check_launch(self.args, eval_dataset)
+        _keep_batches_whole(self.args, eval_dataset)
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     # Data
 

@@ -6,7 +6,8 @@ import trl
 from transformers import SchedulerType
 
 from ._trl import precision
-from .config_checks import BELOW_1, COUNT, check_settings
+from .config_checks import check_settings
+from .ranges import BELOW_1, COUNT
 
 OWN = {"residual_dropout": BELOW_1, "pretraining_fraction": BELOW_1, "rm_score_max_new_tokens": COUNT}
 

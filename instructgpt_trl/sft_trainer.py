@@ -45,7 +45,7 @@ from .models.folders import load_whole, loading
 from .models.guards import stop_unless_finite, stop_unless_gradients_finite
 from .models.limits import freed_memory_reused
 from .models.loading import context_length, float32_adapters, is_adapter, keep_gradients, load_policy
-from .models.lora import fuse_lora, without_casts
+from .models.lora import check_named, fuse_lora, without_casts
 from .processes import check_launch
 from .resume import ExactResume
 from .sft_config import SFTConfig
@@ -97,6 +97,8 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
         [`InputError`]: a wrong row or argument, before a model is loaded; an architecture that residual dropout is not
         known for.
     """
+
+    EVALUATION = ("loss", "rm_score", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss")
 
     def __init__(
         self,
@@ -167,6 +169,7 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
             with float32_adapters(self.model):  # the parent casts a new adapter to bfloat16: back to float32
                 pass
         self.add_callback(AlarmCallback(alarms.SFT, args.alarms))
+        check_named(self.model)
         keep_gradients(self.model)
         fuse_lora(self.model)
         if args.residual_dropout:
@@ -188,6 +191,10 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
         with freed_memory_reused(), residual_dropout(self.model, self.args.residual_dropout):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
+    def _check_best_metric(self) -> None:
+        if (self.args.metric_for_best_model or "").removeprefix("eval_") != "rm_score":  # one for all evaluation sets
+            super()._check_best_metric()
+
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         with lm_head_tiles(self.accelerator.device), without_casts(self.model):
             loss = super().training_step(*args, **kwargs)
@@ -204,6 +211,7 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
+        check_launch(self.args, eval_dataset)
         # With several evaluation sets the parent calls this method again for each, by name: they share one score.
         # Sets passed in by the caller are not the validation prompts, so they get none.
         if self.reward_model is None or eval_dataset is not None:

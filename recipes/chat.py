@@ -16,7 +16,11 @@ from common import ModelArguments, ends_of, load_model, parse_model, run
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from instructgpt_trl import RewardModel
-from instructgpt_trl.data import InputError, encode_prompt
+from instructgpt_trl.data import encode_prompt
+from instructgpt_trl.ranges import COUNT, FROM_0, SEED, Range, check_ranges
+
+COLDEST = 1e-4  # of the temperatures that are not greedy; below, logits become infinite
+RANGES = {"temperature": FROM_0, "max_new_tokens": COUNT, "top_p": Range(0, 1, open=(0,)), "seed": SEED}
 
 
 @dataclass(kw_only=True)
@@ -49,7 +53,7 @@ def answer(
             streamer=streamer,
             pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
             eos_token_id=ends_of(model, tokenizer, prompt),
-            **(sampling if args.temperature > 0 else {"do_sample": False, "temperature": None, "top_p": None}),
+            **(sampling if args.temperature >= COLDEST else {"do_sample": False, "temperature": None, "top_p": None}),
         )
     except KeyboardInterrupt:
         streamer.end()
@@ -96,11 +100,7 @@ def chat(model: Any, tokenizer: Any, reward_model: RewardModel | None, args: Arg
 
 def main(argv: list[str]) -> None:
     args, config = parse_model(argv, Arguments)
-    if args.temperature < 0 or args.max_new_tokens < 1 or not 0 < args.top_p <= 1:
-        raise InputError(
-            f"temperature={args.temperature}, max_new_tokens={args.max_new_tokens}, top_p={args.top_p}: expected "
-            f"0 or more, 1 or more, and above 0 up to 1"
-        )
+    check_ranges(args, RANGES)
     model, tokenizer = load_model(args, config)
     reward_model = RewardModel.from_pretrained(args.reward_model) if args.reward_model else None
     set_seed(args.seed)

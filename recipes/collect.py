@@ -32,6 +32,7 @@ from instructgpt_trl.data import (
     load_rows,
     write_rows,
 )
+from instructgpt_trl.ranges import COUNT, SEED, Range, check_ranges
 
 Row = dict[str, Any]
 FEWEST, MOST = 4, 9  # completions a prompt [InstructGPT 3.4]
@@ -55,15 +56,11 @@ class Arguments(ModelArguments):
 
 
 def check(args: Arguments) -> None:
-    if not FEWEST <= args.completions <= MOST:
-        raise InputError(f"--completions {args.completions}: expected {FEWEST} to {MOST}, which label.py can rank")
+    counts = dict.fromkeys(("num_prompts", "max_new_tokens", "batch_size"), COUNT)
+    own = {"completions": Range(FEWEST, MOST, whole=True), "temperature": Range(1e-4), "seed": SEED}
+    check_ranges(args, {**counts, **own})
     if len(args.policies) > args.completions:
         raise InputError(f"--policies: {len(args.policies)} for {args.completions} completions; expected no more")
-    for name in ("max_new_tokens", "batch_size"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)}: expected 1 or more")
-    if not args.temperature > 0:
-        raise InputError(f"--temperature {args.temperature}: expected more than 0; the same completion is no ranking")
     if Path(args.output).suffix != ".jsonl":
         raise InputError(f"--output {args.output}: expected a name that ends with .jsonl")
     if Path(args.output).exists():
@@ -76,6 +73,20 @@ class Sampler:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: Arguments):
         self.model, self.tokenizer, self.args = model.eval(), tokenizer, args
+
+    def check_lengths(self, prompts: list[Any], name: str) -> None:
+        """Raise [`InputError`] if a prompt and its completion may be longer than the policy's context."""
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if context is None:
+            return
+        lengths = [len(encode_prompt(self.tokenizer, prompt)) for prompt in prompts]
+        wrong = [place for place, length in enumerate(lengths) if length + self.args.max_new_tokens > context]
+        if wrong:
+            raise InputError(
+                f"{self.args.dataset}: {len(wrong)} of {len(prompts)} prompts are over the {context} tokens of {name} "
+                f"with max_new_tokens={self.args.max_new_tokens} behind them, the first in row {wrong[0]} with "
+                f"{lengths[wrong[0]]}; lower max_new_tokens, or leave these prompts out"
+            )
 
     def draw(self, prompts: list[Any], each: int, seed: int) -> list[list[str]]:
         """`each` completions of every prompt."""
@@ -135,10 +146,9 @@ class Drawn:
     def __init__(self, path: Path, settings: Row):
         self.path = path
         self.batches: dict[tuple[int, int], list[list[str]]] = {}
+        self.settings = settings
         if path.exists():
             self._read(settings)
-        if not path.exists():
-            self._add({"settings": settings})
 
     def _read(self, settings: Row) -> None:
         lines = self.path.read_bytes().decode("utf-8", "ignore").split("\n")[:-1]  # behind the last newline: cut off
@@ -159,6 +169,8 @@ class Drawn:
             self.path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
     def add(self, policy: int, start: int, texts: list[list[str]]) -> None:
+        if not self.path.exists():
+            self._add({"settings": self.settings})
         self._add({"policy": policy, "start": start, "texts": texts})
         self.batches[policy, start] = texts
 
@@ -192,6 +204,7 @@ def draw_all(args: Arguments, model: ModelConfig, prompts: list[Any], drawn: Dra
         if not left:
             continue
         sampler = Sampler(*load_model(args, replace(model, model_name_or_path=name)), args)
+        sampler.check_lengths(prompts, name)
         for start in tqdm(left, desc=f"{name}", initial=len(starts) - len(left), total=len(starts)):
             batch = prompts[start : start + starts.step]
             known = drawn.of(policy, start) or [[] for _ in batch]

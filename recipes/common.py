@@ -22,8 +22,9 @@ warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing\\w*` is depreca
 # ruff: noqa: E402
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, NoMatchingPeftModuleError, PeftConfig, TaskType
+from peft import AutoPeftModelForCausalLM, NoMatchingPeftModuleError, PeftConfig
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -38,6 +39,7 @@ from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from yaml import YAMLError
 
+from instructgpt_trl import RewardConfig
 from instructgpt_trl.checkpoints import RunStopped, check_checkpoint, last_checkpoint
 from instructgpt_trl.data import InputError, as_conversations, encode_completion, load_rows
 from instructgpt_trl.memory import PARTS, Load, peak, predict
@@ -127,6 +129,9 @@ def parse(argv: list[str], arguments: type[DataArguments], config: type[Training
         # TRL's default would keep the embeddings of a quantised model in float32, and compute its products in it
         quantized = model.load_in_4bit or model.load_in_8bit
         model.dtype = str(_compute_type(config) if quantized else torch.float32).removeprefix("torch.")
+    tasks = ("CAUSAL_LM", "SEQ_CLS") if isinstance(config, RewardConfig) else ("CAUSAL_LM",)
+    if model.use_peft and model.lora_task_type not in tasks:
+        raise InputError(f"lora_task_type={model.lora_task_type}: expected {tasks[0]}; leave it out")
     config.resume_from_checkpoint = _checkpoint(config)
     init = {"revision": model.model_revision, "dtype": model.dtype, "attn_implementation": model.attn_implementation}
     config.model_init_kwargs = {**init, **(config.model_init_kwargs or {})}
@@ -173,11 +178,6 @@ def check_lora(model: ModelConfig) -> None:
         raise InputError(f"lora_alpha={model.lora_alpha}: expected a number above 0; correct it")
     if not 0 <= model.lora_dropout < 1:
         raise InputError(f"lora_dropout={model.lora_dropout}: expected a number from 0 to below 1; correct it")
-    if model.lora_task_type not in list(TaskType):
-        raise InputError(
-            f"lora_task_type={model.lora_task_type}: expected one of {', '.join(TaskType)}; leave it out, the recipe "
-            f"knows it"
-        )
 
 
 def load_model(args: ModelArguments, model: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -406,10 +406,16 @@ def run(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
     except (InputError, ImportError, NoMatchingPeftModuleError, RunStopped) as error:  # flags for what is not there
         told = error
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
-        if not _raised_by_libraries(error):
+    except (ValueError, RuntimeError, OSError, KeyError, MemoryError) as error:
+        if isinstance(error, MemoryError) or should_reduce_batch_size(error):
+            told = (
+                f"out of memory ({str(error)[:200]}): lower per_device_train_batch_size, the lengths or lora_r; "
+                f"recipes/plan.py says what fits"
+            )
+        elif _raised_by_libraries(error):
+            told = error
+        else:
             raise
-        told = error
     else:
         return
     bar = "\n" if isinstance(told, RunStopped) else ""  # a progress bar stands on the line
@@ -417,9 +423,12 @@ def run(main: Callable[[list[str]], None]) -> None:
     sys.exit(2)
 
 
+_LIBRARIES = ("trl", "transformers", "peft", "accelerate", "huggingface_hub")
+
+
 def _raised_by_libraries(error: BaseException) -> bool:
-    """Whether TRL, transformers or PEFT raised it themselves, which is how they refuse settings."""
+    """Whether one of Hugging Face's raised it itself, which is how they refuse settings."""
     frame = error.__traceback__
     while frame.tb_next is not None:
         frame = frame.tb_next
-    return frame.tb_frame.f_globals["__name__"].split(".")[0] in ("trl", "transformers", "peft")
+    return frame.tb_frame.f_globals["__name__"].split(".")[0] in _LIBRARIES

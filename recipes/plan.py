@@ -22,17 +22,26 @@ import yaml
 from common import ModelArguments, parse_arguments, run
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, PreTrainedConfig
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, get_quantization_config
 
 from instructgpt_trl.data import InputError, check_output_dir
 from instructgpt_trl.memory import PARTS, STAGES, Load, largest, peak, predict, predict_sampling, shortened
 from instructgpt_trl.peak_memory import system_memory
+from instructgpt_trl.ranges import ABOVE_0, COUNT, Range, check_ranges
 
 GB = 1e9
 USABLE = 0.9  # of a card's memory; the rest is for what its allocator rounds up and scatters, and for the display
 BATCH = {"sft": 32, "reward": 64, "ppo_ptx": 64}  # rows of an optimizer step [P C.1, C.2, C.4]
 ROLLOUT = 512  # [P C.4]
+RANGES = {
+    **dict.fromkeys(("gpu", "tokens_per_second"), ABOVE_0),
+    **dict.fromkeys(("prompt", "completion", "lora_r"), COUNT),
+    **dict.fromkeys(("demonstrations", "rankings", "episodes"), Range(0, whole=True)),
+    "completions": Range(2, whole=True),
+}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(kw_only=True)
@@ -60,6 +69,19 @@ class Arguments(ModelArguments):
     tokens_per_second: float | None = field(default=None, metadata={"help": "Rate of training, instead of measuring."})
     conversational: bool = field(default=False, metadata={"help": "Write it to the settings, as for a chat model."})
     output_dir: str = field(default="runs/plan", metadata={"help": "Where the YAML files go."})
+
+
+def check(args: Arguments) -> None:
+    check_ranges(args, RANGES)
+    choices = {"recipe": STAGES, "dtype": (None, *DTYPES), "optim": [name.value for name in OptimizerNames]}
+    for name, words in choices.items():
+        if getattr(args, name) not in words:
+            raise InputError(f"--{name} {getattr(args, name)}: expected one of {', '.join(filter(None, words))}")
+    if args.load_in_4bit + args.load_in_8bit + args.full > 1:
+        raise InputError(
+            "--load_in_4bit, --load_in_8bit, --full: expected one of them; quantised weights are not trained"
+        )
+    check_output_dir(args.output_dir)
 
 
 def read_config(args: Arguments) -> PreTrainedConfig:
@@ -314,14 +336,12 @@ def memory_here() -> float:
 
 def main(argv: list[str]) -> None:
     (args,) = parse_arguments(argv, (Arguments,))
-    if args.recipe not in STAGES:
-        raise InputError(f"--recipe {args.recipe}: expected one of {', '.join(STAGES)}")
-    check_output_dir(args.output_dir)
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    check(args)
     gpu = for_gpu(args)
     args.dtype = args.dtype or ("bfloat16" if gpu and not args.full else "float32")
     limit = int(USABLE * (args.gpu * GB if args.gpu else memory_here()))
     config = read_config(args)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     stages = []
     for name in STAGES[: STAGES.index(args.recipe) + 1]:
         print(f"planning {name} ...", flush=True)

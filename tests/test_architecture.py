@@ -21,7 +21,8 @@ PACKAGE = "instructgpt_trl"
 LAYERS = (
     ("functional", "_trl", "peak_memory"),
     ("data",),
-    ("models", "config_checks"),
+    ("models", "ranges"),
+    ("config_checks",),
     ("sft_config", "reward_config", "ppo_config", "memory"),
     ("alarms", "checkpoints", "processes", "ppo_checks", "reward_metrics"),
     ("resume", "ppo_metrics"),
@@ -31,7 +32,10 @@ LAYERS = (
 )
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 FOLDERS = {"data", "models"}
-PUBLIC_MODULES = {PACKAGE, *(f"{PACKAGE}.{name}" for name in ("checkpoints", "data", "functional", "memory"))}
+PUBLIC_MODULES = {
+    PACKAGE,
+    *(f"{PACKAGE}.{name}" for name in ("checkpoints", "data", "functional", "memory", "ranges")),
+}
 PUBLIC_MODULES |= {f"{PACKAGE}.peak_memory"} | {
     f"{PACKAGE}.data.{name}" for name in ("merging", "pii", "prompts", "ranking_formats")
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from faults.bad_configs import CONFIGS
+from faults.bad_configs import CONFIGS, CONTRARY
 from faults.bad_folders import Folders, bad_checkpoints, bad_folders
 from faults.bad_inputs import Bad, examples
 from faults.bad_rows import ROWS
@@ -19,7 +19,7 @@ from transformers import Trainer
 
 common, *SCRIPTS = (importlib.import_module(name) for name in ("common", "sft", "reward", "ppo_ptx"))
 MAIN = {script.__name__: script.main for script in SCRIPTS}
-COUNTS = {"rows": 240, "configs": 300, "folders": 150, "checkpoints": 70}
+COUNTS = {"rows": 240, "configs": 300, "contrary": len(CONTRARY), "folders": 150, "checkpoints": 70}
 
 
 def test_there_are_five_hundred():
@@ -142,6 +142,11 @@ def test_bad_rows(check, no_training):
 
 def test_bad_configs(check, no_training):
     check(examples(CONFIGS, COUNTS["configs"]), COUNTS["configs"])
+
+
+@pytest.mark.filterwarnings("ignore:target_parameters")  # PEFT says so too
+def test_settings_that_contradict_each_other_or_the_rows(check, no_training):
+    check(CONTRARY, COUNTS["contrary"])
 
 
 def test_bad_folders(check, no_training, world):

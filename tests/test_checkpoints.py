@@ -98,6 +98,7 @@ def rewrite(folder: Path, **changed) -> None:
         (lambda f: rewrite(f, settings=None), "checkpoint.json cannot be read"),
         (lambda f: rewrite(f, files={}), "checkpoint.json cannot be read"),
         (lambda f: rewrite(f, trainer=...), "checkpoint.json cannot be read"),
+        (lambda f: rewrite(f, format=2), "has format '2', and this version reads 1"),
     ],
 )
 def test_what_is_not_whole_is_said(tmp_path, change, message):
@@ -408,6 +409,12 @@ def test_a_stream_that_was_read_more_than_once_does_not_go_on_exactly(world, tmp
         ("ppo", "rollout.safetensors", lambda x: x["order"].fill_(0), "the order of the rollout is none"),
         ("ppo", "rollout.safetensors", lambda x: x.update(advantages=torch.zeros(4, 1)), "advantages of the rollout"),
         ("ppo", "adapter_model.safetensors", lambda x: next(iter(x.values())).fill_(torch.nan), "is NaN or infinite"),
+        (
+            "ppo",
+            "ema/adapter_model.safetensors",
+            lambda x: next(iter(x.values())).fill_(torch.inf),
+            "is NaN or infinite",
+        ),
         ("sft", "adapter_model.safetensors", lambda x: next(iter(x.values())).fill_(torch.nan), "is NaN or infinite"),
         ("sft", "trainer_state.json", lambda x: x.update(log_history=[1]), "log_history cannot be so"),
         ("sft", "trainer_state.json", lambda x: x.update(total_flos="x"), "total_flos cannot be so"),

@@ -127,16 +127,22 @@ def test_conversations(base_dir, prompts, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--completions", "3"], "--completions 3: expected 4 to 9"),
-        (["--temperature", "0"], "--temperature 0"),
+        (["--completions", "3"], "completions=3: expected a whole number from 4 to 9"),
+        (["--temperature", "0"], "temperature=0"),
+        (["--temperature", "inf"], "temperature=inf"),
+        (["--num_prompts", "0"], "num_prompts=0"),
+        (["--seed", "-1"], "seed=-1"),
+        (["--max_new_tokens", "300"], "5 of 5 prompts are over the 256 tokens of .* the first in row 0 with 10;"),
+        (["--attn_implementation", "nosuch"], "nosuch"),
         (["--output", "tasks.csv"], "ends with .jsonl"),
         (["--policies", "nowhere"], "nowhere: no such folder"),
-        (["--batch_size", "0"], "--batch_size 0"),
+        (["--batch_size", "0"], "batch_size=0"),
     ],
 )
 def test_wrong_settings_of_collect(base_dir, prompts, tmp_path, flags, message):
     with pytest.raises(InputError, match=message):
         collect.main(["--policies", base_dir, "--dataset", prompts, "--output", str(tmp_path / "t.jsonl"), *flags])
+    assert not list(tmp_path.glob("t.jsonl*"))  # nor what was drawn so far, since nothing was
 
 
 # The loop

@@ -137,6 +137,10 @@ def test_an_answer_ends_where_the_templates_turn_ends():
     assert COMMON.ends_of(model, tokenizer, "hi") == [77, 257]
 
 
-def test_settings_out_of_range_are_one_line(folders):
-    with pytest.raises(InputError, match="temperature=-1.0"):
-        CHAT.main(["--model_name_or_path", folders.sft, "--temperature", "-1"])
+OUT_OF_RANGE = [("temperature", "-1"), ("temperature", "nan"), ("top_p", "0"), ("max_new_tokens", "0"), ("seed", "-1")]
+
+
+@pytest.mark.parametrize("name, value", OUT_OF_RANGE)
+def test_settings_out_of_range_are_one_line(folders, name, value):
+    with pytest.raises(InputError, match=f"{name}={value}"):
+        CHAT.main(["--model_name_or_path", folders.sft, f"--{name}", value])

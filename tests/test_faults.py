@@ -142,7 +142,7 @@ def test_no_memory_left(run, tmp_path):
     process = until_saved(command, folder, 1)
     size = int(Path(f"/proc/{process.pid}/statm").read_text().split()[0]) * resource.getpagesize()
     resource.prlimit(process.pid, resource.RLIMIT_AS, (size + 10**8, size + 10**8))
-    assert process.wait(timeout=300) == 1 and "memory" in folder.with_suffix(".log").read_text()
+    assert process.wait(timeout=300) == 2 and "error: out of memory" in folder.with_suffix(".log").read_text()
     goes_on(command, folder)
 
 

@@ -75,13 +75,24 @@ def test_hours_are_measured_here(capsys, model, tmp_path):
     [
         (["--model", "no/such"], "--model no/such: .* give an id, a folder or a config.json"),
         (["--model", "MODEL", "--recipe", "dpo"], "--recipe dpo: expected one of sft, reward, ppo_ptx"),
+        (["--model", "MODEL", "--gpu", "nan"], "gpu=nan: expected a number above 0"),
+        (["--model", "MODEL", "--gpu", "0"], "gpu=0.0"),
+        (["--model", "MODEL", "--gpu", "inf"], "gpu=inf"),
+        (["--model", "MODEL", "--tokens_per_second", "0"], "tokens_per_second=0.0"),
+        (["--model", "MODEL", "--prompt", "0"], "prompt=0"),
+        (["--model", "MODEL", "--completion", "-1"], "completion=-1"),
+        (["--model", "MODEL", "--completions", "1"], "completions=1"),
+        (["--model", "MODEL", "--rankings", "-1"], "rankings=-1"),
+        (["--model", "MODEL", "--dtype", "nn"], "--dtype nn: expected one of float32, bfloat16, float16"),
+        (["--model", "MODEL", "--optim", "x"], "--optim x: expected one of adamw_torch"),
+        (["--model", "MODEL", "--load_in_4bit", "--full"], "quantised weights are not trained"),
     ],
 )
 def test_wrong_arguments_are_one_line(model, tmp_path, flags, message):
     flags = [model if flag == "MODEL" else flag for flag in flags]
     with pytest.raises(common.InputError, match=message) as error:
-        PLAN.main([*flags, "--output_dir", str(tmp_path)])
-    assert "\n" not in str(error.value)
+        PLAN.main([*flags, "--output_dir", str(tmp_path / "out")])
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
 CARDS = {  # hidden size, intermediate size, layers, heads, key-value heads, words, tied

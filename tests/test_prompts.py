@@ -106,6 +106,7 @@ def test_few_shot_prompts_become_their_examples():
         ({"prompt": "a", "user_id": 1.5}, "column 'user_id': expected text or a whole number"),
         ({"prompt": "a", "user_id": True}, "column 'user_id'"),
         ({"prompt": "a", "category": 3}, "column 'category': expected text"),
+        ({"prompt": "a", "source": {"a": 1}}, "column 'source': expected text"),
         ({"instruction": "", "examples": [{"query": "a", "response": "b"}]}, "column 'instruction': expected text"),
         ({"instruction": "a", "examples": []}, "column 'examples': expected a list"),
         ({"instruction": "a", "examples": [{"query": "a"}]}, "example 0: expected"),
@@ -419,6 +420,10 @@ def test_odd_texts_come_out_as_they_were(tmp_path):
         (("--prefix_length", "0"), "--prefix_length 0"),
         (("--valid_fraction", "0.6", "--test_fraction", "0.5"), "leave something to train on"),
         (("--input", "nowhere.jsonl"), "no such file"),
+        (("--max_characters", "0"), "--max_characters 0"),
+        (("--min_characters", "-3"), "--min_characters -3"),
+        (("--min_characters", "5", "--max_characters", "2"), "the first not above the second"),
+        (("--min_characters", "9"), "none of its 1 prompts is left: too short 1; change the rules' flags"),
     ],
 )
 def test_wrong_settings(tmp_path, capsys, flags, message):

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import make_llama, make_tokenizer
 from datasets import Dataset
@@ -420,6 +421,25 @@ def test_a_run_that_diverges_ends_in_one_line(base_dir, rows, tmp_path, capsys, 
     flags = [*sft_flags(base_dir, rows, tmp_path / "S"), "--learning_rate", "1e30"]
     line = refused(SCRIPTS[0], [*flags, *TINY], capsys, monkeypatch)
     assert "is NaN or infinite, so the run stops" in line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no room"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: no room"),
+    ],
+)
+def test_no_memory_is_one_line(error, capsys):
+    def main(argv):
+        raise error
+
+    with pytest.raises(SystemExit):
+        common.run(main)
+    line = capsys.readouterr().err
+    assert line.startswith("error: out of memory (") and "lower per_device_train_batch_size" in line
+    assert line.count("\n") == 1
 
 
 def test_a_mistake_of_ours_keeps_its_traceback():

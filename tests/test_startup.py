@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from faults.stages import World
 from ppo_helpers import config, lora, mean_id
 
 from instructgpt_trl import PPOTrainer, RewardConfig, RewardModel, RewardTrainer
@@ -32,6 +33,11 @@ def saved(request, base_dir, tmp_path_factory, rankings_of):
 @pytest.fixture(scope="module")
 def rankings_of() -> Dataset:
     return Dataset.from_list([{"prompt": f"{i}: ", "completions": ["a", "bb"], "ranks": [1, 2]} for i in range(8)])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture
@@ -161,3 +167,36 @@ def test_a_second_training_goes_on_from_other_weights(folders, tmp_path, prompts
     trainer.train()
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_best_metric_is_one_that_an_evaluation_logs(world, tmp_path, stage):
+    """Which transformers finds out at the first evaluation."""
+    settings = dict(load_best_model_at_end=False, metric_for_best_model="nosuch")
+    trainer = world.trainer(stage, "lora", tmp_path / "run", **settings)
+    if stage == "sft":
+        trainer.reward_model, trainer._score_prompts = Longest(), [("a", [1, 2])]
+    before = {name.removeprefix("eval_") for name in trainer.evaluate()}
+    others = {"runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch"}
+    may = {*trainer._metrics_of_evaluation()} - {"aux_loss"}  # of a mixture of experts
+    assert before - others == may
+    with pytest.raises(InputError, match="metric_for_best_model='nosuch': no evaluation of this run logs it"):
+        trainer.train()
+    assert not (tmp_path / "run" / "checkpoint-1").exists()
+
+
+class Longest:
+    def score(self, prompts, completions):
+        return [float(len(text)) for text in completions]
+
+
+def test_metrics_of_the_users_own_may_be_the_best(world, tmp_path):
+    def length(completions, log_metric, **_):
+        log_metric("own", 1.0)
+        return [float(len(text)) for text in completions]
+
+    settings = dict(eval_steps=1, save_steps=1, metric_for_best_model="own", load_best_model_at_end=False, max_steps=1)
+    trainer = world.trainer("ppo", "lora", tmp_path / "run", **settings)
+    assert "own" not in trainer._metrics_of_evaluation()
+    trainer.reward_funcs = [length]
+    trainer._check_best_metric()

@@ -46,8 +46,8 @@ _USE_CASES = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in USE_
 
 def check_raw_prompt(row: Any, where: str) -> dict[str, Any]:
     """
-    Check a row of raw prompts: `prompt`, or `instruction` and `examples` for a labeler's few-shot prompt; `user_id` is
-    text or a whole number, if there is one.
+    Check a row of raw prompts: `prompt`, or `instruction` and `examples` for a labeler's few-shot prompt; if they
+    are there, `user_id` is text or a whole number, `category` and `source` are text.
 
     Raises:
         [`InputError`]: what is wrong with the row, what was expected and the fix.
@@ -62,8 +62,9 @@ def check_raw_prompt(row: Any, where: str) -> dict[str, Any]:
         raise InputError(
             f"{where}, column 'user_id': expected text or a whole number, got {user!r}; correct it, or leave it out"
         )
-    if row.get("category") is not None and not isinstance(row["category"], str):
-        raise InputError(f"{where}, column 'category': expected text, got {row['category']!r}; correct it")
+    for name in ("category", "source"):
+        if row.get(name) is not None and not isinstance(row[name], str):
+            raise InputError(f"{where}, column '{name}': expected text, got {row[name]!r}; correct it")
     return row
 
 

@@ -32,6 +32,24 @@ def check_start(config: PeftConfig | None) -> None:
         )
 
 
+def check_named(network: nn.Module) -> None:
+    """Raise [`InputError`] if an adapter is to train modules or parameters that are nowhere: PEFT passes over them."""
+    for config in getattr(network, "peft_config", {}).values():
+        model = network.get_base_model()
+        modules = [name for name, _ in model.named_modules()]
+        parameters = getattr(network.base_model, "targeted_parameter_names", [])
+        asked = {
+            "modules_to_save": (modules, {*(config.modules_to_save or ())} - {"classifier", "score"}),  # PEFT's own
+            "target_parameters": (parameters, getattr(config, "target_parameters", None) or ()),
+        }
+        for field, (there, names) in asked.items():
+            for name in sorted(names):
+                if not any(one.endswith(name) for one in there):
+                    raise InputError(
+                        f"{field}: '{name}' is nowhere in {type(network.get_base_model()).__name__}; correct it"
+                    )
+
+
 def fuse_lora(network: nn.Module) -> None:
     """
     Compute the plain adapters of linear layers as [`FusedLora`] does, those that are there now; others (DoRA,

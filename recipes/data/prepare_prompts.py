@@ -79,6 +79,12 @@ def check(args: argparse.Namespace) -> None:
     for name in ("prefix_length", "max_per_user", "num_proc"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)}: expected a whole number of 1 or more")
+    most = args.max_characters
+    if args.min_characters < 0 or (most is not None and most < max(args.min_characters, 1)):
+        raise InputError(
+            f"--min_characters {args.min_characters} --max_characters {most}: expected numbers from 0 and from 1 on, "
+            f"the first not above the second"
+        )
     if min(args.valid_fraction, args.test_fraction) < 0 or not args.valid_fraction + args.test_fraction < 1:
         raise InputError(
             f"--valid_fraction {args.valid_fraction} --test_fraction {args.test_fraction}: expected two shares of at "
@@ -348,6 +354,9 @@ def prepare(args: argparse.Namespace) -> Row:
     check(args)
     prompts = RawPrompts(args.input, args.skip_bad_rows)
     fates = fates_of(prompts, args)
+    if not (fates < len(SPLITS)).any():
+        counts = ", ".join(f"{name} {count}" for name in RULES if (count := int((fates == FATES[name]).sum())))
+        raise InputError(f"{args.input}: none of its {len(fates)} prompts is left: {counts}; change the rules' flags")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=args.output_dir))
     try:
