@@ -2,10 +2,7 @@
 
 import copy
 import os
-import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,6 @@ from peft import PeftConfig, PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     BitsAndBytesConfig,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -26,17 +22,16 @@ from transformers.utils import logging
 from trl import RLOOTrainer
 
 from . import alarms
-from ._trl import add_fused_lm_head, cache_with_room, get_config_model_id, preserved_rng, sampled_by_cdf
+from ._trl import add_fused_lm_head, get_config_model_id, preserved_rng
 from .alarms import AlarmCallback
-from .data import InputError, check_output_dir, check_rows, check_tokenizers, encode_prompt
+from .data import InputError, check_output_dir, check_rows, check_tokenizers
 from .data.completions import CompletionsFile
-from .data.encoding import turn_end
-from .data.episodes import Episodes, by_length, pad_episodes, take_rows
-from .data.pretraining import PretrainingStream, as_episodes
+from .data.episodes import Episodes, by_length
+from .data.pretraining import PretrainingStream
 from .data.prompt_datasets import check_prompts, drop_long_prompts
-from .functional import gae, policy_loss, token_rewards, value_loss
+from .functional import gae, token_rewards
 from .models.ema import EMA
-from .models.guards import RunStopped, first_not_finite, stop_unless_finite
+from .models.guards import stop_unless_finite
 from .models.limits import RowLimit, freed_memory_reused
 from .models.loading import (
     context_length,
@@ -44,9 +39,10 @@ from .models.loading import (
     fold_last_position,
     load_policy,
     load_tokenizer,
+    restored,
     warn_beyond_context,
 )
-from .models.lora import check_named, check_start, merged_lora, merged_parameters
+from .models.lora import check_named, check_start
 from .models.reward_examples import read_examples
 from .models.reward_parts import reward_parts
 from .models.rewards import ModelReward, all_rewards, finite_reward, is_model
@@ -57,7 +53,6 @@ from .ppo_checks import (
     check_batches,
     check_evaluation,
     check_first_kl,
-    check_first_ratio,
     check_generation,
     check_process,
     check_template,
@@ -65,23 +60,19 @@ from .ppo_checks import (
 )
 from .ppo_config import PPOConfig
 from .ppo_metrics import RolloutLog
+from .ppo_sampling import PPOSampling
 from .ppo_saving import PPOSaving, StepCallback
-from .processes import check_launch, same_in_all, sum_over_all, whiten_over_all
+from .ppo_update import PPOUpdate
+from .processes import check_launch, same_in_all, whiten_over_all
 
 logger = logging.get_logger(__name__)
 
-_REWARD_ARGUMENTS = ("prompts", "completions")  # TRL's own; columns of these names cannot be passed to functions
 # Of `model_init_kwargs`, what a reward model on a base of its own does not get; its quantisation is in its folder
 _OF_THE_POLICY = ("revision", "code_revision", "subfolder", "variant", "gguf_file", "quantization_config")
-_GRADIENTS = {
-    "grad_norm/policy": "the policy's",
-    "grad_norm/ptx": "the pretraining",
-    "grad_norm/value": "the value model's",
-}
 COMPLETIONS_FILES = {"train": "completions.jsonl", "eval": "eval_completions.jsonl"}
 
 
-class PPOTrainer(RolloutLog, PPOSaving, RLOOTrainer):
+class PPOTrainer(PPOUpdate, PPOSampling, RolloutLog, PPOSaving, RLOOTrainer):
     """
     Trainer for PPO and PPO-ptx as in InstructGPT [P 3.5, C.4, Eq. 2].
 
@@ -161,7 +152,7 @@ class PPOTrainer(RolloutLog, PPOSaving, RLOOTrainer):
                 raise InputError("ptx_dataset: its texts are cut into blocks first; load it without streaming")
         check_output_dir(args.output_dir)
 
-        with preserved_rng(), _restored(args, "beta", "model_init_kwargs"):
+        with preserved_rng(), restored(args, "beta", "model_init_kwargs"):
             set_seed(args.seed)
             kwargs = _init_kwargs(args, quantization_config)
             if isinstance(model, str):
@@ -225,16 +216,6 @@ class PPOTrainer(RolloutLog, PPOSaving, RLOOTrainer):
 
     # Set-up
 
-    def _stop_at_turn_end(self) -> None:
-        """Answers to conversations end where those of the reward model's training end, whatever the model's config."""
-        if isinstance(next(iter(self.train_dataset), {"prompt": ""})["prompt"], str):
-            return
-        end = turn_end(self._tokenizer, **self.chat_template_kwargs)
-        if end is not None and end not in self.eos_token_ids:
-            self.eos_token_ids = [*self.eos_token_ids, end]
-            if not self.use_vllm:
-                self.generation_config.eos_token_id = self.eos_token_ids
-
     def _set_up_roles(self, parts: list, peft_config: PeftConfig | None, kwargs: dict[str, Any]) -> None:
         has_reference = self.beta != 0
         self.roles = build_roles(self.model, parts, peft_config, self.temperature, has_reference, **kwargs)
@@ -260,24 +241,6 @@ class PPOTrainer(RolloutLog, PPOSaving, RLOOTrainer):
         self._value_parameters = {k: p for k, p in self.roles.value.parameters().items() if p.requires_grad}
         # The parent has seeded each process otherwise
         same_in_all(self.accelerator, [parameter.data for parameter in self._trained().values()])
-
-    def _set_up_vllm(self) -> None:
-        """
-        It ends completions where the policy's end, whatever it reads from the model's files, and gets an adapter in
-        copies: TRL merges it into the base and subtracts it again, by whose rounding all that stands there would move.
-        """
-        vllm, policy = self.vllm_generation, self.roles.policy
-        vllm.generation_kwargs = {"stop_token_ids": self.eos_token_ids, **vllm.generation_kwargs}
-        if policy.adapter is not None:
-            own = {id(parameter) for parameter in policy.parameters().values()}
-            ends = (policy.model.get_input_embeddings(), policy.model.get_output_embeddings())
-            if any(id(parameter) in own for module in ends for parameter in module.parameters()):
-                raise InputError(
-                    "use_vllm: the adapter trains embeddings or the LM head, which vLLM ties to each other where the "
-                    "base does, and PEFT does not; leave them out of target_modules, modules_to_save and "
-                    "trainable_token_indices"
-                )
-            vllm._iter_named_params = partial(merged_parameters, policy.network, policy.adapter)
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
         roles = {"policy": self._policy_parameters, "value": self._value_parameters}
@@ -446,18 +409,6 @@ class PPOTrainer(RolloutLog, PPOSaving, RLOOTrainer):
         size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         return by_length(episodes, rows, size)
 
-    def _sample(self, inputs: list[dict[str, Any]]) -> tuple[Episodes, list[dict[str, Any]]]:
-        prompt_ids, completion_ids, completions = self._generate([row["prompt"] for row in inputs])
-        rows = []
-        for row, *sampled in zip(inputs, prompt_ids, completion_ids, completions, strict=True):
-            own = {name: value for name, value in row.items() if name not in _REWARD_ARGUMENTS}
-            rows.append(own | dict(zip(("prompt_ids", "completion_ids", "completion"), sampled, strict=True)))
-        episodes = pad_episodes(prompt_ids, completion_ids, self._tokenizer.pad_token_id)
-        episodes["ended"] = torch.tensor([ids[-1] in self.eos_token_ids for ids in completion_ids])
-        if self.mask_truncated_completions:
-            episodes["mask"] = episodes["mask"] & episodes["ended"][:, None]
-        return {name: tensor.to(self.accelerator.device) for name, tensor in episodes.items()}, rows
-
     def _scores(self, rows: list[dict[str, Any]], episodes: Episodes) -> tuple[torch.Tensor, torch.Tensor]:
         """
         (B,) scores, and (B, F) before they were weighted and summed. A row without any score is masked out, its score
@@ -492,159 +443,6 @@ class PPOTrainer(RolloutLog, PPOSaving, RLOOTrainer):
             self._order = self._by_length(self._episodes, order)
         return self._episodes
 
-    def _rows_of(self, micro_batch: int, count: int) -> torch.Tensor:
-        size = self.args.per_device_train_batch_size
-        return self._order[micro_batch * size : (micro_batch + count) * size]
-
-    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """
-        One micro-batch: the policy's backward pass, the value model's, and behind the last one of a minibatch the
-        pretraining passes, all into the same gradient buffers. Losses are means over all tokens of the minibatch.
-        """
-        started = time.perf_counter()
-        model.train()
-        self.roles.value.network.train()
-        accumulation = self.args.gradient_accumulation_steps
-        self._prepare_inputs(inputs)
-        if self._step % accumulation == 0:
-            tokens = self._episodes["mask"][self._rows_of(self._step % self.args.steps_per_generation, accumulation)]
-            self._minibatch_tokens = self.accelerator.reduce(tokens.sum(), "sum").clamp(min=1)
-        loss = self._limits["train"].run(self._accumulate)
-        self.stop_unless_finite(loss, f"the loss of micro-batch {self._step % accumulation}")
-        self._step += 1
-        last = self._step % accumulation == 0
-        if last:
-            self._finish_minibatch(loss)
-        self._current_train_step_time += time.perf_counter() - started
-        if last:
-            self._metrics["train"]["step_time"].append(self._current_train_step_time)
-            self._current_train_step_time = 0.0
-        return loss * self.accelerator.num_processes  # Trainer logs the mean over processes, and each has its share
-
-    def _finish_minibatch(self, loss: torch.Tensor) -> None:
-        """Gradients and metrics of all processes together; stop if they are not finite."""
-        self._add_up_processes(loss)
-        if self._ptx_stream is None:
-            self._sums["grad_norm/policy"] = self._norm(self._policy_parameters)
-        else:
-            self._sums["grad_norm/policy"] = self._norm(self._policy_part)
-            # A difference at a time: those of all weights are as large as the model
-            added = [
-                _norm_of_difference(p.grad, self._policy_part[name]) for name, p in self._policy_parameters.items()
-            ]
-            self._sums["grad_norm/ptx"] = self._norm(dict(enumerate(added)))
-            self._policy_part = {}
-        self._sums["grad_norm/value"] = self._norm(self._value_parameters)
-        if self.accelerator.scaler is None:  # a gradient scaler skips steps of infinite gradients by itself
-            for name, whose in _GRADIENTS.items():
-                norm = torch.tensor(self._sums.get(name, 0.0))
-                if not norm.isfinite():
-                    trained = self._value_parameters if name.endswith("value") else self._policy_parameters
-                    first = first_not_finite((key, parameter.grad) for key, parameter in trained.items())
-                    self.stop_unless_finite(norm, f"{whose} gradient of {first or 'all together'}")
-        for name, value in self._sums.items():
-            self._metrics["train"][name].append(value)
-        self._sums.clear()
-
-    def _add_up_processes(self, loss: torch.Tensor) -> None:
-        if self.accelerator.num_processes == 1:
-            return
-        trained = self._trained().values()
-        for parameter in trained:  # of experts that nobody asked in one process, say
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        part = [grad for grad in self._policy_part.values() if grad is not None]
-        sums = torch.tensor([loss.item(), *self._sums.values()], device=loss.device)
-        sum_over_all(self.accelerator, [*(parameter.grad for parameter in trained), *part, sums])
-        whole, *found = sums.tolist()
-        self._sums.update(zip(self._sums, found, strict=True))
-        self.stop_unless_finite(torch.tensor(whole), "the loss")
-
-    def _accumulate(self, rows: int) -> torch.Tensor:
-        """
-        Add the gradient of this micro-batch, `rows` at a time; of the whole minibatch so far where it was begun with
-        more rows, which did not fit. The gradient is the same, whatever `rows` is.
-        """
-        accumulation = self.args.gradient_accumulation_steps
-        done = self._step % accumulation
-        start = self._step % self.args.steps_per_generation - done
-        todo = [done]
-        if rows < self.args.per_device_train_batch_size:
-            self.roles.value.kept = None  # as above
-        if done == 0 or rows != self._begun:
-            self._begun, todo = rows, list(range(done + 1))
-            self._sums.clear()
-            for parameter in self._trained().values():
-                parameter.grad = None
-        tokens = self._minibatch_tokens
-        for micro_batch in todo:
-            loss = torch.zeros((), device=tokens.device)
-            for some in self._rows_of(start + micro_batch, 1).split(rows):
-                batch = take_rows(self._episodes, some)
-                share = batch["mask"].sum() / tokens
-                loss = loss + self._policy_backward(batch, share) + self._value_backward(batch, share)
-        if done == accumulation - 1 and self._ptx_stream is not None:
-            count = self.args.per_device_train_batch_size * accumulation * self.args.ptx_ratio
-            loss = loss + self._ptx_backward(count, rows)
-        return loss
-
-    def _policy_backward(self, batch: Episodes, share: torch.Tensor) -> torch.Tensor:
-        old, mask, epsilon = batch["logprobs"], batch["mask"], self.args.epsilon
-        with self.roles.policy.active():
-            logprobs, _ = self.roles.policy.take_kept(batch) or self.roles.policy.logprobs(batch)
-            loss = policy_loss(logprobs, old, batch["advantages"], mask, epsilon) * share
-            self.accelerator.backward(loss)
-        change = (logprobs.detach() - old)[mask]
-        if self._is_at_start and self.args.disable_dropout:
-            check_first_ratio(change)
-        ratio, advantages = change.exp(), batch["advantages"][mask]
-        clipped = torch.where(advantages > 0, ratio > 1 + epsilon, ratio < 1 - epsilon)
-        self._add("loss/policy", loss)
-        self._add("policy/approxkl", _mean(change**2 / 2) * share)
-        self._add("policy/clipfrac", _mean(clipped.float()) * share)
-        self._add("policy/ratio", _mean(ratio) * share)
-        return loss.detach()
-
-    def _value_backward(self, batch: Episodes, share: torch.Tensor) -> torch.Tensor:
-        old, returns, mask, cliprange = batch["values"], batch["returns"], batch["mask"], self.args.cliprange_value
-        with self.roles.value.active():
-            (values,) = self.roles.value.take_kept(batch) or self.roles.value.values(batch)
-            loss = value_loss(values, old, returns, mask, cliprange) * share
-            self.accelerator.backward(self.args.vf_coef * loss)
-        values = values.detach()
-        clipped = old + (values - old).clamp(-cliprange, cliprange)
-        used = ((clipped - returns) ** 2 > (values - returns) ** 2)[mask]
-        self._add("loss/value", loss)
-        self._add("value/clipfrac", _mean(used.float()) * share)
-        return self.args.vf_coef * loss.detach()
-
-    def _ptx_backward(self, count: int, size: int) -> torch.Tensor:
-        """`ptx_coef` times the mean loss a token over `count` pretraining blocks a process, `size` at a time."""
-        grads = {name: p.grad for name, p in self._policy_parameters.items()}
-        self._policy_part = {name: None if grad is None else grad.clone() for name, grad in grads.items()}
-        in_all = count * self.accelerator.num_processes
-        blocks = self._ptx_stream.take(self.state.global_step * in_all, in_all)
-        tokens = sum(len(block) - 1 for block in blocks)
-        blocks = blocks[self.accelerator.process_index * count :][:count]
-        total = torch.zeros((), device=self.accelerator.device)
-        with self.roles.policy.active():
-            for start in range(0, count, size):
-                batch = as_episodes(blocks[start : start + size])
-                batch = {name: tensor.to(total.device) for name, tensor in batch.items()}
-                logprobs, _ = self.roles.policy.logprobs(batch, self._ptx_model)
-                loss = -torch.where(batch["mask"], logprobs, 0.0).sum() / tokens
-                self.accelerator.backward(self.args.ptx_coef * loss)
-                total += loss.detach()
-        self._add("loss/ptx", total)
-        return self.args.ptx_coef * total
-
-    def _clip_grad_norm(self, model) -> torch.Tensor:
-        """Clip policy and value model apart, so that a large value gradient does not shrink the policy's step."""
-        self.accelerator.unscale_gradients()
-        for parameters in (self._value_parameters, self._policy_parameters):
-            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), self.args.max_grad_norm)
-        return norm
-
     # Evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -667,37 +465,6 @@ class PPOTrainer(RolloutLog, PPOSaving, RLOOTrainer):
 
     # Text to ids
 
-    def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:
-        ids = [encode_prompt(self._tokenizer, prompt, **self.chat_template_kwargs) for prompt in prompts]
-        return ids, None, {}
-
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields) -> list[list[int]]:
-        # `generate` fills what the trainer's config leaves open from the model's own, which may cut the distribution
-        policy = self.roles.policy
-        with policy.active(), sampled_by_cdf(), _restored(policy.model, "generation_config"), ExitStack() as inside:
-            if self._spends_memory and not self.use_vllm:
-                # A decoding step is many small products, twice to three times as many with the adapter beside
-                inside.enter_context(merged_lora(policy.network, policy.adapter))
-                inside.enter_context(cache_with_room())
-            policy.model.generation_config = GenerationConfig()
-            sample = super()._generate_single_turn
-            completion_ids = self._limits["generate"].run(
-                lambda rows: [
-                    ids
-                    for start in range(0, len(prompt_ids), rows)
-                    for ids in sample(prompt_ids[start : start + rows], images, multimodal_fields)
-                ],
-                there=len(prompt_ids),
-            )
-        if any(len(ids) == 0 for ids in completion_ids):
-            raise RunStopped(f"step {self.state.global_step}: an empty completion; check the generation settings")
-        if self.model.training and all(ids[0] in self.eos_token_ids for ids in completion_ids):
-            raise RunStopped(
-                f"step {self.state.global_step}: every completion is EOS alone: the policy has collapsed or the "
-                f"prompts already end a turn; look at the prompts, lower learning_rate or raise beta"
-            )
-        return completion_ids
-
     # Numbers
 
     def _adapt_kl_coef(self, kl: torch.Tensor) -> None:
@@ -710,36 +477,9 @@ class PPOTrainer(RolloutLog, PPOSaving, RLOOTrainer):
             error = max(-0.2, min(0.2, kl.mean().item() / self.args.kl_target - 1))
             self.kl_coef *= 1 + error * len(kl) / self.args.kl_horizon
 
-    def _add(self, name: str, value: torch.Tensor) -> None:
-        self._sums[name] += value.detach().item()
-
-    def _norm(self, tensors: dict[str, Any]) -> float:
-        grads = [t.grad if isinstance(t, torch.nn.Parameter) else t for t in tensors.values()]
-        scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
-        return torch.nn.utils.get_total_norm([g for g in grads if g is not None]).item() / scale
-
     def stop_unless_finite(self, tensor: torch.Tensor, what: str) -> None:
         """As the function of this name, with the step, and what to look at."""
         stop_unless_finite(tensor, what, self.state.global_step, "look at completions.jsonl")
-
-
-@contextmanager
-def _restored(owner: Any, *names: str) -> Iterator[None]:
-    """Afterwards these attributes are what they were before, whatever happened."""
-    before = {name: getattr(owner, name) for name in names}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(owner, name, value)
-
-
-def _mean(x: torch.Tensor) -> torch.Tensor:
-    return x.mean() if x.numel() else x.new_zeros(())
-
-
-def _norm_of_difference(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
-    return None if a is None else torch.linalg.vector_norm(a if b is None else a - b)
 
 
 def _name_of(model: Any) -> str:

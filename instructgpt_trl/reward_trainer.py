@@ -1,8 +1,6 @@
 """Reward-model stage: TRL's RewardTrainer with K-way rankings, a head of known scale, and a bias."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from .functional import _untied_pairs, ranking_loss
 from .models.folders import adapter_base
 from .models.guards import stop_unless_finite, stop_unless_gradients_finite
 from .models.limits import freed_memory_reused
-from .models.loading import float32_adapters, is_adapter, keep_gradients, load_tokenizer
+from .models.loading import float32_adapters, is_adapter, keep_gradients, load_tokenizer, restored
 from .models.lora import check_named, fuse_lora, without_casts
 from .models.reward_examples import COUNT, RewardExamples
 from .models.reward_folder import forget_reward_config, quantized_by, read_reward_config
@@ -117,7 +115,7 @@ class RewardTrainer(ExactResume, trl.RewardTrainer):
         bias, calibrated = 0.0, False
         self._window: dict[str, list[Tensor]] = {"train": [], "eval": []}
 
-        with preserved_rng(), _own_init_kwargs(args):
+        with preserved_rng(), restored(args, "model_init_kwargs"):
             if isinstance(model, str):
                 saved = read_reward_config(model)
                 bias, calibrated = saved["bias"], saved["calibrated"]
@@ -348,16 +346,6 @@ def _keep_batches_whole(args: RewardConfig, eval_dataset: Any) -> None:
     streams = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
     if any(isinstance(rows, IterableDataset) for rows in streams):
         args.accelerator_config.dispatch_batches = False
-
-
-@contextmanager
-def _own_init_kwargs(args: RewardConfig) -> Iterator[None]:
-    """Give `args` its `model_init_kwargs` back at the end."""
-    kwargs = args.model_init_kwargs
-    try:
-        yield
-    finally:
-        args.model_init_kwargs = kwargs
 
 
 def _tokenizer_of(path: str, args: RewardConfig) -> PreTrainedTokenizerBase:

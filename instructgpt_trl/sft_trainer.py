@@ -5,8 +5,7 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,7 +43,7 @@ from .models.dropout import residual_dropout, residual_places
 from .models.folders import load_whole, loading
 from .models.guards import stop_unless_finite, stop_unless_gradients_finite
 from .models.limits import freed_memory_reused
-from .models.loading import context_length, float32_adapters, is_adapter, keep_gradients, load_policy
+from .models.loading import context_length, float32_adapters, is_adapter, keep_gradients, load_policy, restored
 from .models.lora import check_named, fuse_lora, without_casts
 from .processes import check_launch
 from .resume import ExactResume
@@ -135,7 +134,7 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
             logger.warning(f"{model} is an adapter and keeps its own shape; peft_config is not used")
             peft_config = None
 
-        with preserved_rng(), _own_init_kwargs(args):
+        with preserved_rng(), restored(args, "model_init_kwargs"):
             if isinstance(model, str):
                 load = load_policy if from_adapter else _load
                 model, own = load(model, **_model_init_kwargs(args, quantization_config))
@@ -414,16 +413,6 @@ def _load(name: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenize
     hub = {key: kwargs[key] for key in ("trust_remote_code", "revision") if key in kwargs}
     with loading(f"the tokenizer in {name}"):
         return model, AutoProcessor.from_pretrained(name, **hub)
-
-
-@contextmanager
-def _own_init_kwargs(args: SFTConfig) -> Iterator[None]:
-    """Give `args` its `model_init_kwargs` back at the end."""
-    kwargs = args.model_init_kwargs
-    try:
-        yield
-    finally:
-        args.model_init_kwargs = kwargs
 
 
 def _block_length(model: PreTrainedModel, args: SFTConfig) -> int:

@@ -1,6 +1,5 @@
-"""What the three recipes share: arguments, rows, the end of a run. A mistake of the user's is one line everywhere."""
+"""What the recipes share: settings, models, rows, the end of a run. A mistake of the user's is one line everywhere."""
 
-import difflib
 import json
 import logging
 import math
@@ -10,10 +9,9 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 # Which of its kernels bitsandbytes did not find is no news for who did not ask for 4 bits, and it tells when imported
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -23,6 +21,7 @@ warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing\\w*` is depreca
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
+from arguments import DataArguments, ModelArguments, parse_arguments
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, NoMatchingPeftModuleError, PeftConfig
 from transformers import (
@@ -36,84 +35,13 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.utils import is_bitsandbytes_available
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
-from yaml import YAMLError
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from instructgpt_trl import RewardConfig
 from instructgpt_trl.checkpoints import RunStopped, check_checkpoint, last_checkpoint
 from instructgpt_trl.data import InputError, as_conversations, encode_completion, load_rows
 from instructgpt_trl.memory import PARTS, Load, peak, predict
 from instructgpt_trl.peak_memory import PeakMemory
-
-
-@dataclass(kw_only=True)
-class DataArguments:
-    """Flags about rows. Each recipe adds its own."""
-
-    dataset: str = field(metadata={"help": "Rows to train on: JSONL, CSV, Parquet, a `datasets` folder or a hub id."})
-    eval_dataset: str | None = field(default=None, metadata={"help": "Rows to evaluate on."})
-    eval_fraction: float = field(default=0.0, metadata={"help": "Share of `dataset` to hold out, to evaluate on."})
-    conversational: bool = field(
-        default=False, metadata={"help": "Turn plain text into user and assistant messages, for a chat model."}
-    )
-    config_file: str | None = field(default=None, init=False)  # the YAML file of `--config`
-
-
-@dataclass(kw_only=True)
-class ModelArguments:
-    """Flags of recipes that train nothing."""
-
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
-    config_file: str | None = field(default=None, init=False)  # the YAML file of `--config`
-
-
-class Parser(TrlParser):
-    """TRL's parser, without argparse's pages of usage, and with the known key that is closest to an unknown one."""
-
-    def error(self, message: str) -> None:
-        raise InputError(f"{message}; see --help")
-
-    def set_defaults_with_config(self, **config) -> list[str]:
-        actions = {action.dest: action for action in self._actions if action.dest != "help"}
-        self.refuse_unknown(list(config), list(actions))
-        hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
-        for name, value in config.items():
-            if not _fits(value, hints[name]):
-                quotes = "; write text in quotes" if str in (hints[name], *get_args(hints[name])) else ""
-                raise InputError(f"{name}={value!r}: expected {_in_words(hints[name])}{quotes}; correct it")
-            choices = actions[name].choices
-            if choices and value is not None and value not in choices:
-                raise InputError(f"{name}={value!r}: expected one of {', '.join(map(str, choices))}; correct it")
-        return super().set_defaults_with_config(**config)
-
-    def refuse_unknown(self, names: list[str], known: list[str]) -> None:
-        for name in names:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean '{close[0]}'?" if close else "--help lists all there are"
-                raise InputError(f"unknown key '{name}'; {hint}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of a YAML file is of a field's type; texts are read as flags are, by argparse."""
-    kind, inner = get_origin(hint) or hint, get_args(hint)
-    if isinstance(value, str) or kind is Any:
-        return True
-    if kind in (Union, UnionType):
-        return any(_fits(value, one) for one in inner)
-    if kind in (list, tuple):
-        return isinstance(value, list) and all(_fits(one, inner[0] if inner else Any) for one in value)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
-
-
-def _in_words(hint: Any) -> str:
-    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping"}
-    kind = get_origin(hint) or hint
-    if kind in (Union, UnionType):
-        return " or ".join(dict.fromkeys(_in_words(one) for one in get_args(hint)))
-    return "nothing" if kind is type(None) else words.get(kind, "a list" if kind in (list, tuple) else "text")
 
 
 def parse(argv: list[str], arguments: type[DataArguments], config: type[TrainingArguments], output_dir: str) -> tuple:
@@ -227,35 +155,6 @@ def load_tokenizer(model: ModelConfig, trust_remote_code: bool) -> PreTrainedTok
     source = name if own else base_of(name)
     with loading(f"the tokenizer in {source}"):
         return AutoTokenizer.from_pretrained(source, **options)
-
-
-def parse_arguments(argv: list[str], classes: tuple[type, ...], **defaults: Any) -> tuple:
-    """Objects of `classes` from flags over the YAML file of `--config`."""
-    parser = Parser(classes)
-    if ModelConfig in classes:
-        # The first with --load_in_4bit: 0.4 bits a weight less; the second is found in `parse`
-        defaults = {"use_bnb_nested_quant": True, "dtype": None, **defaults}
-    parser.set_defaults(**defaults)
-    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    if argv[-1:] == ["--config"]:
-        raise InputError("--config: expected the path of a YAML file behind it; give one or leave it out")
-    options = [option for action in parser._actions for option in action.option_strings]
-    parser.refuse_unknown([word.split("=")[0] for word in argv if word.startswith("--")], ["--config", *options])
-    file = argv[argv.index("--config") + 1] if "--config" in argv else None
-    try:
-        parsed = parser.parse_args_and_config(argv)
-    except OSError as error:
-        raise InputError(f"--config {file}: {error.strerror}; give the path of a YAML file") from None
-    except RecursionError:
-        raise InputError(f"{file}: nested too deep; give a YAML file of keys and values") from None
-    except TypeError as error:
-        if "keywords must be strings" not in str(error):
-            raise
-        raise InputError(f"{file}: a key is no text; expected names of flags as keys; correct it") from None
-    except (ValueError, YAMLError) as error:
-        raise InputError(f"{file}: {error}" if file else str(error)) from error
-    parsed[0].config_file = file
-    return parsed
 
 
 def _checkpoint(config: TrainingArguments) -> str | None:

@@ -25,7 +25,7 @@ LAYERS = (
     ("config_checks",),
     ("sft_config", "reward_config", "ppo_config", "memory"),
     ("alarms", "checkpoints", "processes", "ppo_checks", "reward_metrics"),
-    ("resume", "ppo_metrics"),
+    ("resume", "ppo_metrics", "ppo_sampling", "ppo_update"),
     ("ppo_saving",),
     ("sft_trainer", "reward_trainer", "ppo_trainer"),
     ("",),  # __init__.py

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -73,6 +74,17 @@ def _weights_file(name: str) -> str | None:
     if index is None:
         return find(SAFE_WEIGHTS_NAME)
     return find(min(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+
+
+@contextmanager
+def restored(owner: Any, *names: str) -> Iterator[None]:
+    """Afterwards these attributes are what they were before, whatever happened."""
+    before = {name: getattr(owner, name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
