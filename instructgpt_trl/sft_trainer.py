@@ -3,19 +3,15 @@
 import copy
 import dataclasses
 import logging
-import math
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import trl
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
 from peft import PeftConfig, PeftModel
-from tqdm.auto import tqdm
 from transformers import (
     AutoProcessor,
     BitsAndBytesConfig,
@@ -27,18 +23,14 @@ from transformers import (
     set_seed,
 )
 from transformers.data.data_collator import DataCollator
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
-from trl.models import unwrap_model_for_generation
+from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from . import alarms
 from ._trl import get_config_model_id, lm_head_tiles, preserved_rng
 from .alarms import AlarmCallback
-from .data import InputError, check_output_dir, check_rows, check_tokenizers, encode_prompt, pack_texts
+from .data import InputError, check_output_dir, check_rows, check_tokenizers, pack_texts
 from .data.demonstrations import IMAGES, check_demonstrations, columns_of, cut_report, mix
 from .data.encoding import in_row, render
-from .data.formats import by_prompt, split_by_length
-from .data.rows import Text
-from .models.completions import greedy_completions
 from .models.dropout import residual_dropout, residual_places
 from .models.folders import load_whole, loading
 from .models.guards import stop_unless_finite, stop_unless_gradients_finite
@@ -46,18 +38,16 @@ from .models.limits import freed_memory_reused
 from .models.loading import context_length, float32_adapters, is_adapter, keep_gradients, load_policy, restored
 from .models.lora import check_named, fuse_lora, without_casts
 from .processes import check_launch
-from .resume import ExactResume
 from .sft_config import SFTConfig
+from .sft_scores import Rows, ScoredEvaluation, as_reward_model, validation_prompts
 
 if TYPE_CHECKING:
     from .models.reward_model import RewardModel
 
 logger = get_logger(__name__)
 
-Rows = Dataset | IterableDataset
 
-
-class SFTTrainer(ExactResume, trl.SFTTrainer):
+class SFTTrainer(ScoredEvaluation, trl.SFTTrainer):
     r"""
     Supervised fine-tuning on demonstrations, as in InstructGPT 3.5, C.1 and C.3: TRL's [`~trl.SFTTrainer`], plus
 
@@ -128,7 +118,7 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
         eval_dataset = _checked(eval_dataset, "eval_dataset", args, formatting_func)
         if pretraining_dataset is not None and train_dataset is not None:
             _check_mix(pretraining_dataset, train_dataset, args)
-        prompts = _validation_prompts(reward_model, prompt_dataset, eval_dataset, args)
+        prompts = validation_prompts(reward_model, prompt_dataset, eval_dataset, args)
         from_adapter = isinstance(model, str) and is_adapter(model)
         if from_adapter and peft_config is not None:
             logger.warning(f"{model} is an adapter and keeps its own shape; peft_config is not used")
@@ -140,7 +130,7 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
                 model, own = load(model, **_model_init_kwargs(args, quantization_config))
                 processing_class = own if processing_class is None else processing_class
                 args.model_init_kwargs, quantization_config = None, None  # used; the parent would call them ignored
-            self.reward_model = _load_reward_model(reward_model)
+            self.reward_model = as_reward_model(reward_model)
             # Read by `_prepare_dataset`, which the parent's constructor calls
             self._mix_into = None if pretraining_dataset is None else train_dataset
             self._pretraining_dataset = pretraining_dataset
@@ -176,7 +166,6 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
         if hasattr(self.reward_model, "score_ids"):  # takes this tokenizer's ids
             name = reward_model if isinstance(reward_model, str) else "the reward model"
             check_tokenizers(self._tokenizer, self.reward_model.tokenizer, ("the model", name))
-        self._score_name = None
         self._score_prompts = self._encode_prompts(prompts)
 
     def train(
@@ -190,10 +179,6 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
         with freed_memory_reused(), residual_dropout(self.model, self.args.residual_dropout):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def _check_best_metric(self) -> None:
-        if (self.args.metric_for_best_model or "").removeprefix("eval_") != "rm_score":  # one for all evaluation sets
-            super()._check_best_metric()
-
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         with lm_head_tiles(self.accelerator.device), without_casts(self.model):
             loss = super().training_step(*args, **kwargs)
@@ -203,31 +188,6 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
         if self.accelerator.sync_gradients and self.accelerator.scaler is None:
             stop_unless_gradients_finite(self.model, self.state.global_step, "look at the rows of this step")
         return loss
-
-    def evaluate(
-        self,
-        eval_dataset: Rows | dict[str, Rows] | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        check_launch(self.args, eval_dataset)
-        # With several evaluation sets the parent calls this method again for each, by name: they share one score.
-        # Sets passed in by the caller are not the validation prompts, so they get none.
-        if self.reward_model is None or eval_dataset is not None:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        self._score_name = f"{metric_key_prefix}_rm_score"
-        try:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        finally:
-            self._score_name = None
-
-    def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
-        with lm_head_tiles(self.accelerator.device):
-            output = super().evaluation_loop(*args, **kwargs)
-        if self._score_name is not None:
-            name, self._score_name = self._score_name, None
-            output.metrics[name] = self._rm_score()
-        return output
 
     def _prepare_dataset(
         self,
@@ -283,50 +243,6 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
         )
         return mixed.shuffle(seed=args.seed) if args.shuffle_dataset else mixed
 
-    def _encode_prompts(self, prompts: list[Text]) -> list[tuple[Text, list[int]]]:
-        """Prompts with their token ids, without those that leave no room for a completion in the model's context."""
-        encoded = [(prompt, encode_prompt(self._tokenizer, prompt)) for prompt in prompts]
-        context = context_length(self.model.config)
-        limit = None if context is None else context - self.args.rm_score_max_new_tokens
-        lengths = [len(ids) for _, ids in encoded]
-        keep, report = split_by_length(lengths, limit, "validation prompts", by_prompt(prompts))
-        if report is not None:
-            logger.warning(report)
-        if prompts and not keep:
-            raise InputError(f"{report}: none is left; lower rm_score_max_new_tokens or give shorter prompts")
-        return [encoded[index] for index in keep]
-
-    def _rm_score(self) -> float:
-        """Mean reward-model score of greedy completions of the validation prompts. Source: InstructGPT 3.5, C.1."""
-        mine = self._score_prompts[self.accelerator.process_index :: self.accelerator.num_processes]
-        size, longest = self.args.per_device_eval_batch_size, self.args.rm_score_max_new_tokens
-        batches = [mine[start : start + size] for start in range(0, len(mine), size)]
-        is_hidden = self.args.disable_tqdm or not self.is_world_process_zero()
-        scores: list[float] = []
-        unwrapped = unwrap_model_for_generation(
-            self.model_wrapped,
-            self.accelerator,
-            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-        )
-        with preserved_rng(), unwrapped as model:
-            for batch in tqdm(batches, desc="Reward-model score", disable=is_hidden, leave=False):
-                talk = not all(isinstance(prompt, str) for prompt, _ in batch)
-                completions = greedy_completions(model, self._tokenizer, [ids for _, ids in batch], longest, talk)
-                scores += self._scores(batch, completions)
-        scores = gather_object(scores)
-        mean = sum(scores) / len(scores)
-        if not math.isfinite(mean):
-            raise ValueError(f"step {self.state.global_step}: the mean reward-model score is {mean}; stopped")
-        return mean
-
-    def _scores(self, prompts: list[tuple[Text, list[int]]], completions: list[list[int]]) -> list[float]:
-        """Of token ids as they are, as in PPO; an object that knows texts only gets texts."""
-        if hasattr(self.reward_model, "score_ids"):
-            return self.reward_model.score_ids([ids for _, ids in prompts], completions).tolist()
-        texts = self._tokenizer.batch_decode(completions, skip_special_tokens=True)
-        asked = [prompt for prompt, _ in prompts]
-        return self.reward_model.score(asked, [_like(*pair) for pair in zip(asked, texts, strict=True)])
-
 
 def _as_sft_config(args: TrainingArguments | None, model: str | PreTrainedModel) -> SFTConfig:
     """`args` as ours: made from the model's name if there are none, and from a parent's kind, as the parent does."""
@@ -365,38 +281,6 @@ def _check_mix(pretraining_dataset: Dataset, train_dataset: Rows | None, args: S
     check_rows(pretraining_dataset, "pretraining", "pretraining_dataset")
 
 
-def _validation_prompts(
-    reward_model: Any, prompt_dataset: Rows | None, eval_dataset: Rows | dict[str, Rows] | None, args: SFTConfig
-) -> list[Text]:
-    """The prompts to complete and score at each evaluation; none without a reward model."""
-    if reward_model is None:
-        if prompt_dataset is not None:
-            raise InputError("prompt_dataset: nothing scores it; give a reward_model, or leave it out")
-        if (args.metric_for_best_model or "").removeprefix("eval_") == "rm_score":
-            raise InputError("metric_for_best_model='eval_rm_score': nothing computes it; give a reward_model")
-        return []
-    if eval_dataset is None:
-        raise InputError(
-            f"reward_model: its score is part of an evaluation, and there is none (eval_strategy="
-            f"'{args.eval_strategy.value}', no eval_dataset); set eval_strategy to 'epoch' and give an eval_dataset"
-        )
-    sources = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
-    if prompt_dataset is not None:
-        sources = {"prompt_dataset": prompt_dataset}
-    for name, rows in sources.items():
-        if "prompt" not in columns_of(rows):
-            raise InputError(f"{name}: no column 'prompt' to complete and score; give a prompt_dataset that has it")
-    return [row["prompt"] for name, rows in sources.items() for row in check_rows(rows, "prompt", name)]
-
-
-def _load_reward_model(reward_model: Any) -> Any:
-    if not isinstance(reward_model, str | os.PathLike):
-        return reward_model
-    from .models.reward_model import RewardModel
-
-    return RewardModel.from_pretrained(str(reward_model))
-
-
 def _model_init_kwargs(args: SFTConfig, quantization_config: BitsAndBytesConfig | None) -> dict[str, Any]:
     """Keyword arguments for `from_pretrained`, as the parent makes them."""
     kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
@@ -428,8 +312,3 @@ def _kept(args: SFTConfig, packing: bool) -> slice | None:
     if args.max_length is None or (packing and args.packing_strategy != "bfd"):
         return None
     return slice(-args.max_length, None) if args.truncation_mode == "keep_end" else slice(args.max_length)
-
-
-def _like(prompt: Text, text: str) -> Text:
-    """A completion in its prompt's form."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

@@ -26,7 +26,7 @@ LAYERS = (
     ("sft_config", "reward_config", "ppo_config", "memory"),
     ("alarms", "checkpoints", "processes", "ppo_checks", "reward_metrics"),
     ("resume", "ppo_metrics", "ppo_sampling", "ppo_update"),
-    ("ppo_saving",),
+    ("ppo_saving", "sft_scores"),
     ("sft_trainer", "reward_trainer", "ppo_trainer"),
     ("",),  # __init__.py
 )

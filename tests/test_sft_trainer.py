@@ -26,6 +26,7 @@ from transformers import (
     MambaForCausalLM,
 )
 
+from instructgpt_trl.checkpoints import RunStopped
 from instructgpt_trl.data import InputError, pack_texts
 from instructgpt_trl.models.lora import fuse_lora
 from instructgpt_trl.models.reward_model import RewardModel
@@ -629,7 +630,7 @@ def test_prompts_without_room_for_a_completion_are_named(tmp_path, demonstration
 
 def test_pitfall_18_a_score_that_is_not_finite_stops(tmp_path, demonstrations):
     trainer = scored(tmp_path, demonstrations, ScriptedReward(float("nan")))
-    with pytest.raises(ValueError, match="step 2: the mean reward-model score is nan"):
+    with pytest.raises(RunStopped, match="step 2: the mean reward-model score is nan"):
         trainer.train()
 
 
