@@ -61,7 +61,8 @@ class ExactResume:
     EVALUATION: tuple[str, ...] = ()  # names of what an evaluation may log, without `eval_`
     _unfinished: str | None = None  # folder that a checkpoint is being written into
     _counted = (-1, 0)  # optimizer step, and micro-batches of it
-    _passes = 0  # over the training set
+    # Of a stream: passes begun in the run that it goes on from, those begun in all, and the step of the last beginning
+    _passes_before, _passes, _pass_begun = 0, 0, 0
     _from: str | None = None  # checkpoint that this run goes on from, until its state is read
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -96,7 +97,7 @@ class ExactResume:
         """The checkpoint to start from, if any, checked, with what the parent does not read from it."""
         if self.args.should_save:
             clear_unfinished(Path(self.args.output_dir))
-        self._passes, self._from = 0, None
+        self._passes_before, self._passes, self._pass_begun, self._from = 0, 0, 0, None
         self._data = {name: _digest(dataset) for name, dataset in self._datasets().items()}
         folder = None
         if resume_from_checkpoint is True:
@@ -121,8 +122,9 @@ class ExactResume:
 
     def _progress(self) -> dict[str, Any]:
         """Of each process, what the parent's checkpoint lacks."""
-        passes = self._passes if isinstance(self.train_dataset, IterableDataset) else 1
-        return {"tokens": self._total_train_tokens, "stream_passes": passes}
+        stream = isinstance(self.train_dataset, IterableDataset)
+        passes = {"stream_passes": self._passes, "stream_begun": self._pass_begun} if stream else {}
+        return {"tokens": self._total_train_tokens, **passes}
 
     def _save_progress(self, folder: Path) -> None:
         text = json.dumps(self._progress())
@@ -132,22 +134,30 @@ class ExactResume:
         file = of_process(folder, "progress", ".json", self.args)
         progress = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         self._total_train_tokens = int(progress.get("tokens", 0))
-        self._passes = progress.get("stream_passes", 1) - 1  # the last one is begun again
-        if self._passes > 0:
-            logger.warning(
-                f"{folder}: the training set is a stream that was read more than once, so this run does not go on "
-                f"exactly: its next rows are others; load it without streaming"
-            )
+        self._passes_before = self._passes = int(progress.get("stream_passes", 0))
+        self._pass_begun = int(progress.get("stream_begun", 0))
         return progress
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """The parent's counts the steps behind each one, so that a run which had ended would get one more."""
-        self._passes += 1
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """
+        The parent's counts the steps behind each one, so that a run which had ended would get one more; and it takes
+        all steps of a stream, whose length nobody knows, for those of its first pass.
+        """
         self._find_best()
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
+            return
+        if isinstance(self.train_dataset, IterableDataset):
+            before = max(self._passes_before - 1, 0)  # the last one goes on
+            if self._passes_before and kwargs["epoch"] == kwargs["epochs_trained"]:
+                if not self.args.ignore_data_skip:
+                    steps = self.state.global_step - self._pass_begun
+                    kwargs["steps_trained_in_current_epoch"] = steps * self.args.gradient_accumulation_steps
+            else:
+                self._passes, self._pass_begun = self._passes + 1, self.state.global_step
+            kwargs["epoch"] += before
+            kwargs["epochs_trained"] += before
+        super()._run_epoch(**kwargs)
 
     def _find_best(self) -> None:
         """The best checkpoint so far by its number, beside those of this run: the path in a file is not followed."""

@@ -16,11 +16,12 @@ import pytest
 import torch
 from conftest import make_llama, make_tokenizer
 from faults.stages import STEPS, World, differences, result_of
+from ppo_helpers import config as ppo_config
 from ppo_helpers import lora
 from safetensors.torch import load_file, save_file
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from instructgpt_trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, resume
+from instructgpt_trl import PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, resume
 from instructgpt_trl.checkpoints import LOCK, check_checkpoint, flaw, last_checkpoint, only_run, seal
 from instructgpt_trl.data import InputError
 from instructgpt_trl.models.guards import NotFinite
@@ -385,17 +386,37 @@ def test_the_best_checkpoint_is_one_of_this_run_whatever_a_file_says(world, tmp_
     assert trainer.state.best_model_checkpoint is None
 
 
-@pytest.mark.parametrize(("steps", "warned"), [(2, False), (6, True)])
-def test_a_stream_that_was_read_more_than_once_does_not_go_on_exactly(world, tmp_path, warnings_of, steps, warned):
-    def trainer(most: int):
-        settings = dict(max_steps=most, save_strategy="steps", save_steps=1, report_to="none", disable_tqdm=True)
-        args = SFTConfig(str(tmp_path), per_device_train_batch_size=4, gradient_checkpointing=False, **settings)
-        return SFTTrainer(world.base, args, train_dataset=world.demonstrations.to_iterable_dataset())
+def of_a_stream(world: World, stage: str, folder: Path, **settings):
+    """Ten rows, otherwise shuffled in each pass: five micro-batches of two, two of them a step, and one left over."""
+    rows = {"sft": world.demonstrations, "reward": world.rankings, "ppo": world.prompts}[stage]
+    stream = rows.select(range(10)).to_iterable_dataset().shuffle(seed=0, buffer_size=4)
+    settings |= dict(save_strategy="steps", save_steps=1, report_to="none", disable_tqdm=True, learning_rate=0.01)
+    settings |= dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, gradient_checkpointing=False)
+    settings |= dict(lr_scheduler_type="constant")
+    if stage == "sft":
+        args = SFTConfig(str(folder), residual_dropout=0.2, **settings)
+        return SFTTrainer(world.base, args, train_dataset=stream, peft_config=lora())
+    if stage == "reward":
+        args = RewardConfig(str(folder), **settings)
+        return RewardTrainer(world.base, args, train_dataset=stream, peft_config=lora())
+    args = ppo_config(folder, **{"steps_per_generation": 2, **settings})
+    return PPOTrainer(world.sft, reward_model=world.reward["lora"], args=args, train_dataset=stream)
 
-    trainer(steps).train()
-    for times in (1, 2):  # a run that was resumed before, too
-        trainer(steps + times).train(resume_from_checkpoint=True)
-        assert warnings_of().count("a stream that was read more than once") == times * warned
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_stream_goes_on_in_its_pass(world, tmp_path, stage):
+    """Stopped twice."""
+    straight = of_a_stream(world, stage, tmp_path / "straight", max_steps=8)
+    straight.train()
+    weights = {name: parameter.detach().clone() for name, parameter in straight._trained().items()}
+    assert straight._passes > 2
+    for stop in (2, 3, 5):  # at the end of a pass, and inside the second and third
+        once = of_a_stream(world, stage, tmp_path / "once", max_steps=stop + 1)
+        once.train(resume_from_checkpoint=str(tmp_path / "straight" / f"checkpoint-{stop}"))
+        twice = of_a_stream(world, stage, tmp_path / "once", max_steps=8)
+        twice.train(resume_from_checkpoint=str(tmp_path / "once" / f"checkpoint-{stop + 1}"))
+        for name, parameter in twice._trained().items():
+            assert torch.equal(parameter, weights[name]), (stop, name)
 
 
 @pytest.mark.parametrize(
