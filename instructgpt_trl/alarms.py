@@ -6,6 +6,7 @@ Thresholds are ours: a healthy run of the demo or of SmolLM2 stays well away fro
 """
 
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ DROWNED, DROWNED_LONG = 50.0, 10  # times the other gradient, logs
 ALIKE, ALIKE_LONG = 1e-4, 5  # of the scores' own size, logs
 FELL, NOISES, KNOWN = 0.1, 6.0, 10  # of what the gold figure has moved over, of its noise; logs to know that by
 DIVERGED, ROSE, WINDOW = 2.0, 0.1, 10  # times the lowest mean of so many logs, and nats above it
+SWINGS = 12.0  # of such a mean's noise, of which it takes five from the lowest to the highest of a hundred
+AT_ONCE, AT_ONCE_LEAST = 5.0, 2.0  # times the first loss, and nats above it
 
 History = list[dict[str, Any]]  # of each log its metrics, the oldest first
 
@@ -60,12 +63,10 @@ class AlarmCallback(TrainerCallback):
     def __init__(self, alarms: tuple[Alarm, ...], level: str):
         self.alarms, self.level = alarms if level != "none" else (), level
         self.given: dict[str, str] = {}  # name and message
-        self.begun = 0  # logs that are not looked at
+        self.begun = 0  # logs that are not looked at: a run that an alarm has ended can go on, with other settings
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.given.clear()
-        # A run that an alarm has ended can go on, with other settings, if what is behind it is not seen again
-        self.begun = len(state.log_history) if self.level == "stop" else 0
 
     def on_log(self, args, state, control, **kwargs):
         for alarm in self.alarms:
@@ -74,8 +75,9 @@ class AlarmCallback(TrainerCallback):
             self.given[alarm.name] = f"{alarm.name}: {saw}. Likely {alarm.cause}; try {alarm.setting}"
             if state.is_world_process_zero:
                 logger.warning(f"ALARM at step {state.global_step}, {self.given[alarm.name]}")
-            if self.level == "stop":
-                control.should_training_stop = control.should_save = True
+        if self.given and self.level == "stop" and not control.should_training_stop:
+            control.should_training_stop = control.should_save = True
+            self.begun = len(state.log_history)
 
 
 def _values(history: History, name: str) -> list[float]:
@@ -89,6 +91,14 @@ def _is_number(value: Any) -> bool:
 def _each(history: History, *names: str) -> list[tuple[float, ...]]:
     """Of the logs that have all of them."""
     return [tuple(row[name] for name in names) for row in history if all(_is_number(row.get(name)) for name in names)]
+
+
+def _by_step(history: History) -> History:
+    """One row a step: what a callback logs has a row of its own."""
+    rows: dict[Any, dict[str, Any]] = {}
+    for number, row in enumerate(history):
+        rows.setdefault(row.get("step", f"row {number}"), {}).update(row)
+    return list(rows.values())
 
 
 def _against_start(values: list[float], lower: float, upper: float) -> tuple[float, float] | None:
@@ -157,25 +167,30 @@ def policy_still(history: History) -> str | None:
 def overoptimised(history: History) -> str | None:
     """
     The score rises while a figure that the policy is not trained on, by its name gold or a win rate, falls: means of a
-    few logs, and by more than its noise, which second differences show whatever the trend.
+    few logs, and by more than its noise. Of several evaluation sets each figure goes with the scores of its own.
     """
-    names = {name for row in history for name in row if "gold" in name or "win_rate" in name}
-    for name in sorted(name for name in names if "std" not in name):
-        prefix = "eval_" if name.startswith("eval_") else ""
-        found = _each(history, name, f"{prefix}objective/scores")
-        if len(found) < KNOWN:
-            continue
-        golds, scores = (
-            [sum(column[i : i + LAST]) / LAST for i in range(len(found) - LAST + 1)]
-            for column in zip(*found, strict=True)
-        )
-        bends = [abs(a - 2 * b + c) for (a, _), (b, _), (c, _) in zip(found, found[1:], found[2:], strict=False)]
-        noise = sum(bends) / len(bends) / 1.954  # sqrt(6) sqrt(2 / pi), by which a normal one has this mean
-        best = golds.index(max(golds))
-        limit = golds[best] - max(NOISES * noise, FELL * (max(golds) - min(golds)))
-        if golds[-1] < limit and scores[-1] > scores[best]:
-            rose = f"{prefix}objective/scores rose from {scores[best]:.2f} to {scores[-1]:.2f}"
-            return f"{rose} while {name} fell from {golds[best]:.2f} to {golds[-1]:.2f} (means of {LAST} logs)"
+    history = _by_step(history)
+    names = {name for row in history for name in row}
+    all_scores = sorted(name for name in names if name.endswith("objective/scores"))
+    for name in sorted(name for name in names if ("gold" in name or "win_rate" in name) and "std" not in name):
+        of = {score: found for score in all_scores if len(found := _each(history, name, score)) >= KNOWN}
+        own = [score for score in of if name.startswith(score.removesuffix("objective/scores"))]
+        for score in [max(own, key=len)] if own else of:  # without any, it is what was logged at the same steps
+            if said := _fell_while_it_rose(of[score]):
+                return f"{score} rose from {said[0]} while {name} fell from {said[1]} (means of {LAST} logs)"
+    return None
+
+
+def _fell_while_it_rose(found: list[tuple[float, ...]]) -> tuple[str, str] | None:
+    """Of gold figures and scores, from where to where the scores and the figures went; none if neither did."""
+    golds, scores = (
+        [sum(column[i : i + LAST]) / LAST for i in range(len(found) - LAST + 1)] for column in zip(*found, strict=True)
+    )
+    best = golds.index(max(golds))
+    noise = _noise([gold for gold, _ in found])
+    limit = golds[best] - max(NOISES * noise, FELL * (max(golds) - min(golds)))
+    if golds[-1] < limit and scores[-1] > scores[best]:
+        return f"{scores[best]:.2f} to {scores[-1]:.2f}", f"{golds[best]:.2f} to {golds[-1]:.2f}"
     return None
 
 
@@ -207,10 +222,23 @@ def reward_model_alike(history: History) -> str | None:
 
 def loss_rose(history: History) -> str | None:
     losses = _values(history, "loss")
+    if LAST < len(losses) <= 2 * WINDOW and min(losses[-LAST:]) > AT_ONCE * losses[0] + AT_ONCE_LEAST:
+        return f"the loss of {LAST} logs is {min(losses[-LAST:]):.2f} and more, and the first was {losses[0]:.2f}"
     means = [sum(losses[i : i + WINDOW]) / WINDOW for i in range(len(losses) - WINDOW + 1)]
-    if means and means[-1] > max(DIVERGED * min(means), min(means) + ROSE):
-        return f"the mean loss of {WINDOW} logs went from {min(means):.2f} to {means[-1]:.2f}"
+    if not means:
+        return None
+    lowest = min(means)
+    last = min(means[-1], statistics.median(losses[-WINDOW:]))  # and not a few rows that are hard
+    noise = _noise(losses) / math.sqrt(WINDOW)
+    if last > max(DIVERGED * lowest, lowest + ROSE, lowest + SWINGS * noise):
+        return f"the mean loss of {WINDOW} logs went from {lowest:.2f} to {means[-1]:.2f}"
     return None
+
+
+def _noise(values: list[float]) -> float:
+    """Standard deviation of normal noise on any slow trend, which second differences leave out."""
+    bends = [abs(a - 2 * b + c) for a, b, c in zip(values, values[1:], values[2:], strict=False)]
+    return sum(bends) / len(bends) / 1.954  # sqrt(6) sqrt(2 / pi), by which a normal one has this mean
 
 
 _DIVERGES = Alarm("loss", loss_rose, "a learning rate that is too high", "a tenth of learning_rate, or warm-up")

@@ -52,6 +52,7 @@ CHOICES: dict[str, type[Enum]] = {
     "lr_scheduler_type": SchedulerType,
     "optim": OptimizerNames,
 }
+STRATEGIES = ("random", "sequential", "group_by_length", "batch_rebalance")  # of rows
 ALARM_LEVELS = ("none", "warn", "stop")
 # Objects, or their JSON text, which the parents know by its first character
 OBJECTS = (
@@ -94,6 +95,9 @@ def check_settings(config: Any, own: Mapping[str, Range]) -> None:
             words = ", ".join(repr(choice.value) for choice in kind)
             quotes = "; in YAML write it in quotes" if isinstance(value, bool) else ""
             raise InputError(f"{name}={shown(value)}: expected one of {words}{quotes}")
+    if config.train_sampling_strategy not in STRATEGIES:
+        words = ", ".join(map(repr, STRATEGIES))
+        raise InputError(f"train_sampling_strategy={shown(config.train_sampling_strategy)}: expected one of {words}")
     if config.alarms not in ALARM_LEVELS:
         raise InputError(f"alarms={config.alarms!r}: expected {', '.join(map(repr, ALARM_LEVELS))}")
     for name in OBJECTS:

@@ -120,6 +120,7 @@ class PPOConfig(RLOOConfig):
 
     def __post_init__(self):
         check_settings(self, OWN)
+        self.temperature = float(self.temperature)  # transformers refuses a whole number
         precision(self)
         try:
             super().__post_init__()

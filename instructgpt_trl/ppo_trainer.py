@@ -3,6 +3,7 @@
 import copy
 import os
 from collections import defaultdict
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,18 @@ from trl import RLOOTrainer
 
 from . import alarms
 from ._trl import add_fused_lm_head, get_config_model_id, preserved_rng
-from .alarms import AlarmCallback
 from .data import InputError, check_output_dir, check_rows, check_tokenizers
 from .data.completions import CompletionsFile
 from .data.episodes import Episodes, by_length
 from .data.pretraining import PretrainingStream
-from .data.prompt_datasets import check_prompts, drop_long_prompts
+from .data.prompt_datasets import check_prompts, drop_long_prompts, longest_prompt
 from .functional import gae, token_rewards
 from .models.ema import EMA
 from .models.guards import stop_unless_finite
 from .models.limits import RowLimit, freed_memory_reused
 from .models.loading import (
+    check_positions,
+    check_tokenizer,
     context_length,
     float32_adapters,
     fold_last_position,
@@ -160,6 +162,7 @@ class PPOTrainer(PPOUpdate, PPOSampling, RolloutLog, PPOSaving, RLOOTrainer):
                 processing_class = processing_class or tokenizer
                 args.model_init_kwargs, quantization_config = None, None  # used up
             processing_class = processing_class or load_tokenizer(get_config_model_id(model.config))
+            check_tokenizer(model, processing_class, "the policy")
             new_adapter = copy.deepcopy(peft_config)  # PEFT fills it in
             if isinstance(model, PeftModel) and peft_config is not None:
                 logger.warning("The policy continues its own adapter; peft_config shapes the value adapter only")
@@ -183,6 +186,10 @@ class PPOTrainer(PPOUpdate, PPOSampling, RolloutLog, PPOSaving, RLOOTrainer):
             train_dataset = self._short(train_dataset, "train_dataset")
             eval_dataset = _each(eval_dataset, self._short)
             check_batches(args, train_dataset)
+            for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+                if isinstance(rows, Dataset):
+                    longest = partial(longest_prompt, rows, processing_class, args.max_completion_length, **template)
+                    check_positions(model, longest, f"{name} and max_completion_length={args.max_completion_length}")
 
             beta, args.beta = args.beta, 0.0  # the parent would load its reference from disk; ours copies the policy
             with float32_adapters(model):
@@ -279,7 +286,7 @@ class PPOTrainer(PPOUpdate, PPOSampling, RolloutLog, PPOSaving, RLOOTrainer):
             self._ptx_model = copy.copy(model)
             add_fused_lm_head(self._ptx_model, temperature=1.0)
         self.add_callback(StepCallback(self))
-        self.add_callback(AlarmCallback(alarms.PPO, args.alarms))
+        self._watch(alarms.PPO)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """One optimizer, two rates: `learning_rate` for the policy, `value_learning_rate` for the value model."""
@@ -306,12 +313,16 @@ class PPOTrainer(PPOUpdate, PPOSampling, RolloutLog, PPOSaving, RLOOTrainer):
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
+    _sampler = None  # none of a stream
+
     def _get_train_sampler(self, dataset=None):
-        """As the parent's, but an epoch's order depends on seed and epoch alone, so that a resumed run finds it."""
-        sampler = super()._get_train_sampler(dataset)
-        if self.shuffle_dataset:
-            sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(self.args.seed + epoch)
-        return sampler
+        self._sampler = super()._get_train_sampler(dataset)
+        return self._sampler
+
+    def _begin_epoch(self, epoch: int) -> None:
+        """An epoch's order depends on seed and epoch alone, so that a resumed run finds it."""
+        if self.shuffle_dataset and self._sampler is not None:
+            self._sampler.generator.manual_seed(self.args.seed + epoch)
 
     @property
     def _steps_per_update(self) -> int:
@@ -351,10 +362,21 @@ class PPOTrainer(PPOUpdate, PPOSampling, RolloutLog, PPOSaving, RLOOTrainer):
         self._last_loaded_step = -1  # what vLLM has is of another training, or of its end
         set_seed(self.args.seed, device_specific=True)
         with freed_memory_reused():
-            output = super().train(*args, **kwargs)
-        if self.state.global_step == 0 and isinstance(self.train_dataset, IterableDataset):  # not known before
-            raise InputError(too_small(self.args, "fewer prompts"))
-        return output
+            return super().train(*args, **kwargs)
+
+    def _check_start(self) -> None:
+        super()._check_start()
+        for file in self._files.values() if self.args.save_completions else ():
+            if file.path.exists():
+                file.read()
+
+    def _networks(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for role in self.roles:
+            yield from role.network.named_parameters()
+            yield from () if role.head is None else role.head.named_parameters(prefix="score")
+
+    def _no_batch(self) -> str:
+        return too_small(self.args, "fewer prompts")  # of a stream, not known before
 
     # Rollout: the algorithm's table of contents
 

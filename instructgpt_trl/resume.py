@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Iterator
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ._trl import preserved_rng
+from .alarms import Alarm, AlarmCallback
 from .checkpoints import (
     MANIFEST,
     UNFINISHED,
@@ -36,7 +38,7 @@ from .checkpoints import (
 from .data import InputError, check_tokenizers
 from .models.folders import loading
 from .models.guards import NotFinite, first_not_finite
-from .models.loading import check_fit, load_tokenizer
+from .models.loading import check_fit, load_tokenizer, restored
 
 logger = logging.get_logger(__name__)
 
@@ -46,6 +48,12 @@ _SAMPLED = 1000  # rows that a dataset is recognised by
 _PLACES = ("output_dir", "resume_from_checkpoint", "run_name", "disable_tqdm", "project", "report_to", "enable_jit")
 _PLACES += ("logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "load_best_model", "trackio_", "use_cpu")
 _PLACES += ("restore_callback", "num_completions_to_print", "dataloader_num", "dataloader_p")
+# Settings with which a run goes on, but not exactly
+_INEXACT = {
+    "ignore_data_skip": (True, "which begins the epoch anew"),
+    "dataloader_persistent_workers": (True, "whose workers draw one seed for all epochs"),
+    "train_sampling_strategy": ("group_by_length", "whose order is drawn from the generators of training"),
+}
 _SEEN = 8  # elements of a frozen weight that a base is recognised by
 
 
@@ -67,14 +75,43 @@ class ExactResume:
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self._check_best_metric()
-        with only_run(self.args.output_dir) if self.args.should_save else nullcontext():
+        self._check_start()
+        lock = only_run(self.args.output_dir) if self.args.should_save else nullcontext()
+        with lock, restored(self.args, "eval_on_start"):
             folder = self._go_on_from(resume_from_checkpoint)
+            if folder is not None:  # the evaluation was done, and has cost its patience
+                self.args.eval_on_start = False
             try:
                 output = super().train(folder, *args, **kwargs)
+                if self.state.global_step == 0:
+                    raise InputError(self._no_batch())
                 self._stop_unless_weights_finite()
                 return output
             except NotFinite as error:
                 raise NotFinite(f"{error}; {self._keep_what_is_good()}") from error
+
+    def _check_start(self) -> None:
+        """What would be found out at the first step, or never."""
+        rows, batch = self.train_dataset, self.args.train_batch_size * self.args.world_size
+        repeats = getattr(self, "num_generations", 1)  # of a prompt, in PPO
+        if isinstance(rows, Dataset) and self.args.dataloader_drop_last and len(rows) * repeats < batch:
+            raise InputError(
+                f"dataloader_drop_last: train_dataset has {len(rows)} rows, fewer than a batch of {batch}, so that "
+                f"nothing is left; lower per_device_train_batch_size or leave it out"
+            )
+        if name := first_not_finite(self._networks()):
+            raise InputError(f"{name} is NaN or infinite before the first step; copy the model again")
+
+    def _networks(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All weights that the training begins with."""
+        return self.model.named_parameters()
+
+    def _no_batch(self) -> str:
+        return "train_dataset gave no batch, so that nothing was learned; give it rows"
+
+    def _watch(self, alarms: tuple[Alarm, ...]) -> None:
+        self._alarms = AlarmCallback(alarms, getattr(self.args, "alarms", "warn"))  # TRL's own configs have no level
+        self.add_callback(self._alarms)
 
     def _metrics_of_evaluation(self) -> tuple[str, ...] | None:
         """Without `eval_`; none where a function of the user's adds to them."""
@@ -98,6 +135,7 @@ class ExactResume:
         if self.args.should_save:
             clear_unfinished(Path(self.args.output_dir))
         self._passes_before, self._passes, self._pass_begun, self._from = 0, 0, 0, None
+        self._alarms.begun = 0
         self._data = {name: _digest(dataset) for name, dataset in self._datasets().items()}
         folder = None
         if resume_from_checkpoint is True:
@@ -109,6 +147,10 @@ class ExactResume:
         if folder is not None:
             folder = check_checkpoint(folder)
             self._check_run(Path(folder))
+            inexact = [name for name, (value, _) in _INEXACT.items() if getattr(self.args, name) == value]
+            if inexact:
+                why = "; ".join(f"{name}={_INEXACT[name][0]}, {_INEXACT[name][1]}" for name in inexact)
+                logger.warning(f"{folder}: this run does not go on exactly as it would have: {why}")
             check_fit(self.accelerator.unwrap_model(self.model), folder)
             with loading(folder):
                 self._load_progress(Path(folder))
@@ -124,7 +166,7 @@ class ExactResume:
         """Of each process, what the parent's checkpoint lacks."""
         stream = isinstance(self.train_dataset, IterableDataset)
         passes = {"stream_passes": self._passes, "stream_begun": self._pass_begun} if stream else {}
-        return {"tokens": self._total_train_tokens, **passes}
+        return {"tokens": self._total_train_tokens, "logs_done_with": self._alarms.begun, **passes}
 
     def _save_progress(self, folder: Path) -> None:
         text = json.dumps(self._progress())
@@ -136,6 +178,7 @@ class ExactResume:
         self._total_train_tokens = int(progress.get("tokens", 0))
         self._passes_before = self._passes = int(progress.get("stream_passes", 0))
         self._pass_begun = int(progress.get("stream_begun", 0))
+        self._alarms.begun = int(progress.get("logs_done_with", 0))
         return progress
 
     def _run_epoch(self, **kwargs: Any) -> None:
@@ -157,7 +200,11 @@ class ExactResume:
                 self._passes, self._pass_begun = self._passes + 1, self.state.global_step
             kwargs["epoch"] += before
             kwargs["epochs_trained"] += before
+        self._begin_epoch(kwargs["epoch"])
         super()._run_epoch(**kwargs)
+
+    def _begin_epoch(self, epoch: int) -> None:
+        """Before the rows of an epoch are drawn."""
 
     def _find_best(self) -> None:
         """The best checkpoint so far by its number, beside those of this run: the path in a file is not followed."""
@@ -262,7 +309,9 @@ class ExactResume:
     def _model_facts(self) -> dict[str, Any]:
         """The adapter's config, and a digest of some elements of all frozen weights: the base, other roles."""
         config = getattr(self.model, "peft_config", {}).get("default")
-        frozen = [(name, p) for name, p in self.model.named_parameters() if not p.requires_grad]
+        # The module that a copy is trained in place of is not used
+        own = [(name, p) for name, p in self.model.named_parameters() if ".original_module." not in name]
+        frozen = [(name, p) for name, p in own if not p.requires_grad]
         seen = hashlib.sha256()
         for name, parameter in frozen:
             seen.update(f"{name} {parameter.detach().flatten()[:_SEEN].tolist()}".encode())
@@ -297,6 +346,12 @@ class ExactResume:
                 raise InputError(f"{folder / MANIFEST}: {name} is missing or no fact; go on from another checkpoint")
         if then["trainer"] != now["trainer"]:
             raise InputError(f"{folder}: a checkpoint of {then['trainer']}, not of {now['trainer']}; give its own")
+        optimizers = [settings.get("optim") for settings in (then["settings"], now["settings"])]
+        if optimizers[0] not in (None, optimizers[1]):
+            raise InputError(
+                f"{folder}: of the optimizer {optimizers[0]}, with whose state {optimizers[1]} cannot go on; set "
+                f"optim to {optimizers[0]}"
+            )
         if not isinstance(then.get("model"), dict):
             then["model"] = now["model"]
         groups = {"settings": "settings", "versions": "versions", "data": "other rows in", "model": "the model's"}

@@ -1,6 +1,7 @@
 """Reward-model stage: TRL's RewardTrainer with K-way rankings, a head of known scale, and a bias."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 
 from . import alarms
 from ._trl import preserved_rng
-from .alarms import AlarmCallback
 from .data import InputError, check_output_dir, check_rows
 from .data.formats import by_prompt, split_by_length
 from .data.rankings import DataCollatorForRanking, check_rankings, prepare_rankings
@@ -21,7 +21,15 @@ from .functional import _untied_pairs, ranking_loss
 from .models.folders import adapter_base
 from .models.guards import stop_unless_finite, stop_unless_gradients_finite
 from .models.limits import freed_memory_reused
-from .models.loading import float32_adapters, is_adapter, keep_gradients, load_tokenizer, restored
+from .models.loading import (
+    check_positions,
+    check_tokenizer,
+    float32_adapters,
+    is_adapter,
+    keep_gradients,
+    load_tokenizer,
+    restored,
+)
 from .models.lora import check_named, fuse_lora, without_casts
 from .models.reward_examples import COUNT, RewardExamples
 from .models.reward_folder import forget_reward_config, quantized_by, read_reward_config
@@ -125,6 +133,8 @@ class RewardTrainer(ExactResume, trl.RewardTrainer):
                 processing_class = processing_class or _tokenizer_of(model, args)
                 model = _load(model, processing_class, args, quantization_config)
                 args.model_init_kwargs, quantization_config = None, None  # used; the parent would call them ignored
+            if processing_class is not None:
+                check_tokenizer(model, processing_class, "model")
             pool_by_length(model)
             head = {name: tensor.detach().clone() for name, tensor in head_of(model).state_dict().items()}
             with float32_adapters(model):
@@ -143,8 +153,11 @@ class RewardTrainer(ExactResume, trl.RewardTrainer):
                     quantization_config=quantization_config,
                     peft_config=scalar_config(peft_config) if isinstance(peft_config, PeftConfig) else peft_config,
                 )
-        self.add_callback(AlarmCallback(alarms.REWARD, getattr(args, "alarms", "warn")))  # TRL's config has none
+        self._watch(alarms.REWARD)
         check_named(self.model)
+        for name, rows in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
+            if isinstance(rows, Dataset):
+                check_positions(self.model, partial(_longest, rows), name)
         keep_gradients(self.model)
         fuse_lora(self.model)
         _keep_float32(self.model, head)
@@ -336,6 +349,11 @@ def _check_early(train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
     if isinstance(eval_dataset, dict):
         eval_dataset = {name: check(rows, f"eval_dataset['{name}']") for name, rows in eval_dataset.items()}
     return check(train_dataset, "train_dataset"), check(eval_dataset, "eval_dataset")
+
+
+def _longest(rankings: Dataset) -> int:
+    """Tokens of a prompt and its longest completion."""
+    return max(len(row["prompt_ids"]) + max(map(len, row["completions_ids"])) for row in rankings)
 
 
 def _keep_batches_whole(args: RewardConfig, eval_dataset: Any) -> None:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,6 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from . import alarms
 from ._trl import get_config_model_id, lm_head_tiles, preserved_rng
-from .alarms import AlarmCallback
 from .data import InputError, check_output_dir, check_rows, check_tokenizers, pack_texts
 from .data.demonstrations import IMAGES, check_demonstrations, columns_of, cut_report, mix
 from .data.encoding import in_row, render
@@ -35,7 +35,16 @@ from .models.dropout import residual_dropout, residual_places
 from .models.folders import load_whole, loading
 from .models.guards import stop_unless_finite, stop_unless_gradients_finite
 from .models.limits import freed_memory_reused
-from .models.loading import context_length, float32_adapters, is_adapter, keep_gradients, load_policy, restored
+from .models.loading import (
+    check_positions,
+    check_tokenizer,
+    context_length,
+    float32_adapters,
+    is_adapter,
+    keep_gradients,
+    load_policy,
+    restored,
+)
 from .models.lora import check_named, fuse_lora, without_casts
 from .processes import check_launch
 from .sft_config import SFTConfig
@@ -130,6 +139,8 @@ class SFTTrainer(ScoredEvaluation, trl.SFTTrainer):
                 model, own = load(model, **_model_init_kwargs(args, quantization_config))
                 processing_class = own if processing_class is None else processing_class
                 args.model_init_kwargs, quantization_config = None, None  # used; the parent would call them ignored
+            if isinstance(processing_class, PreTrainedTokenizerBase) and args.eos_token is None:
+                check_tokenizer(model, processing_class, "model")
             self.reward_model = as_reward_model(reward_model)
             # Read by `_prepare_dataset`, which the parent's constructor calls
             self._mix_into = None if pretraining_dataset is None else train_dataset
@@ -157,8 +168,13 @@ class SFTTrainer(ScoredEvaluation, trl.SFTTrainer):
         if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
             with float32_adapters(self.model):  # the parent casts a new adapter to bfloat16: back to float32
                 pass
-        self.add_callback(AlarmCallback(alarms.SFT, args.alarms))
+        self._watch(alarms.SFT)
         check_named(self.model)
+        if not hasattr(self.model.get_output_embeddings(), "bias"):  # PEFT's wrapper of single tokens, of a tied head
+            raise InputError("trainable_token_indices: TRL's loss does not read such an LM head; use modules_to_save")
+        for name, rows in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
+            if isinstance(rows, Dataset) and "input_ids" in rows.column_names and not args.packing:
+                check_positions(self.model, partial(_longest, rows), name)
         keep_gradients(self.model)
         fuse_lora(self.model)
         if args.residual_dropout:
@@ -294,6 +310,8 @@ def _model_init_kwargs(args: SFTConfig, quantization_config: BitsAndBytesConfig 
 def _load(name: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
     """A full model and its tokenizer or processor, as the parent loads them, but refused where a file is broken."""
     model, _ = load_whole(name, f"model '{name}'", **kwargs)
+    if not model.can_generate():
+        raise InputError(f"model '{name}': a {type(model).__name__}, which generates nothing; give a language model")
     hub = {key: kwargs[key] for key in ("trust_remote_code", "revision") if key in kwargs}
     with loading(f"the tokenizer in {name}"):
         return model, AutoProcessor.from_pretrained(name, **hub)
@@ -305,6 +323,10 @@ def _block_length(model: PreTrainedModel, args: SFTConfig) -> int:
     if not limits:
         raise InputError("pretraining_dataset: max_length=None, and the model's config has no limit; set max_length")
     return min(limits)
+
+
+def _longest(rows: Dataset) -> int:
+    return max(map(len, rows["input_ids"]))
 
 
 def _kept(args: SFTConfig, packing: bool) -> slice | None:

@@ -2,11 +2,12 @@
 
 import difflib
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import yaml
 from trl import ModelConfig, TrlParser
-from yaml import YAMLError
 
 from instructgpt_trl.data import InputError
 
@@ -59,6 +60,17 @@ class Parser(TrlParser):
                 raise InputError(f"unknown key '{name}'; {hint}")
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML takes the last of several values of a key without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in names:
+            if names.count(name) > 1 and name != "<<":
+                raise ValueError(f"the key '{name}' is there twice; remove one")
+        return super().construct_mapping(node, deep)
+
+
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value of a YAML file is of a field's type; texts are read as flags are, by argparse."""
     kind, inner = get_origin(hint) or hint, get_args(hint)
@@ -95,6 +107,8 @@ def parse_arguments(argv: list[str], classes: tuple[type, ...], **defaults: Any)
     parser.refuse_unknown([word.split("=")[0] for word in argv if word.startswith("--")], ["--config", *options])
     file = argv[argv.index("--config") + 1] if "--config" in argv else None
     try:
+        if file is not None:
+            yaml.load(Path(file).read_bytes(), _UniqueKeys)  # noqa: S506  a safe one
         parsed = parser.parse_args_and_config(argv)
     except OSError as error:
         raise InputError(f"--config {file}: {error.strerror}; give the path of a YAML file") from None
@@ -104,7 +118,7 @@ def parse_arguments(argv: list[str], classes: tuple[type, ...], **defaults: Any)
         if "keywords must be strings" not in str(error):
             raise
         raise InputError(f"{file}: a key is no text; expected names of flags as keys; correct it") from None
-    except (ValueError, YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise InputError(f"{file}: {error}" if file else str(error)) from error
     parsed[0].config_file = file
     return parsed

@@ -16,7 +16,7 @@ from common import ModelArguments, ends_of, load_model, parse_model, run
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from instructgpt_trl import RewardModel
-from instructgpt_trl.data import encode_prompt
+from instructgpt_trl.data import InputError, encode_prompt
 from instructgpt_trl.ranges import COUNT, FROM_0, SEED, Range, check_ranges
 
 COLDEST = 1e-4  # of the temperatures that are not greedy; below, logits become infinite
@@ -42,7 +42,10 @@ def answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message], args: Arguments
 ) -> str:
     """Sample an answer, printed as it comes; Ctrl-C keeps what there is of it."""
-    ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
+    encoded = encode_prompt(tokenizer, prompt)
+    if not encoded:
+        raise InputError("the prompt has no tokens: the chat template renders nothing of it; correct the template")
+    ids = torch.tensor([encoded], device=model.device)
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
     streamer = _Kept(tokenizer)
     try:
@@ -82,6 +85,7 @@ def chat(model: Any, tokenizer: Any, reward_model: RewardModel | None, args: Arg
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        line = line.encode("utf-8", "replace").decode()  # bytes that are no UTF-8
         if line == "/quit":
             return
         if line == "/new":
@@ -102,6 +106,8 @@ def main(argv: list[str]) -> None:
     args, config = parse_model(argv, Arguments)
     check_ranges(args, RANGES)
     model, tokenizer = load_model(args, config)
+    if args.system and not tokenizer.chat_template:
+        raise InputError(f"--system: {config.model_name_or_path} has no chat template to put it into; leave it out")
     reward_model = RewardModel.from_pretrained(args.reward_model) if args.reward_model else None
     set_seed(args.seed)
     chat(model.eval(), tokenizer, reward_model, args)

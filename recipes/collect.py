@@ -12,6 +12,7 @@ and `--config` count as in sft.py.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -76,10 +77,13 @@ class Sampler:
 
     def check_lengths(self, prompts: list[Any], name: str) -> None:
         """Raise [`InputError`] if a prompt and its completion may be longer than the policy's context."""
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if context is None:
-            return
         lengths = [len(encode_prompt(self.tokenizer, prompt)) for prompt in prompts]
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        if 0 in lengths:
+            raise InputError(
+                f"{self.args.dataset}, row {lengths.index(0)}: the prompt has no tokens; fill it in, or correct "
+                f"the chat template of {name}"
+            )
         wrong = [place for place, length in enumerate(lengths) if length + self.args.max_new_tokens > context]
         if wrong:
             raise InputError(

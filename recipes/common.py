@@ -23,10 +23,9 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from arguments import DataArguments, ModelArguments, parse_arguments
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, NoMatchingPeftModuleError, PeftConfig
+from peft import NoMatchingPeftModuleError, PeftConfig
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -41,6 +40,7 @@ from instructgpt_trl import RewardConfig
 from instructgpt_trl.checkpoints import RunStopped, check_checkpoint, last_checkpoint
 from instructgpt_trl.data import InputError, as_conversations, encode_completion, load_rows
 from instructgpt_trl.memory import PARTS, Load, peak, predict
+from instructgpt_trl.models.loading import load_policy
 from instructgpt_trl.peak_memory import PeakMemory
 
 
@@ -57,6 +57,7 @@ def parse(argv: list[str], arguments: type[DataArguments], config: type[Training
         # TRL's default would keep the embeddings of a quantised model in float32, and compute its products in it
         quantized = model.load_in_4bit or model.load_in_8bit
         model.dtype = str(_compute_type(config) if quantized else torch.float32).removeprefix("torch.")
+    _check_output(args, config, model)
     tasks = ("CAUSAL_LM", "SEQ_CLS") if isinstance(config, RewardConfig) else ("CAUSAL_LM",)
     if model.use_peft and model.lora_task_type not in tasks:
         raise InputError(f"lora_task_type={model.lora_task_type}: expected {tasks[0]}; leave it out")
@@ -64,6 +65,18 @@ def parse(argv: list[str], arguments: type[DataArguments], config: type[Training
     init = {"revision": model.model_revision, "dtype": model.dtype, "attn_implementation": model.attn_implementation}
     config.model_init_kwargs = {**init, **(config.model_init_kwargs or {})}
     return args, config, model
+
+
+def _check_output(args: DataArguments, config: TrainingArguments, model: ModelConfig) -> None:
+    """Raise [`InputError`] if what is written would replace, or lie beside, a model of another stage."""
+    output = os.path.realpath(config.output_dir)
+    read = {"model_name_or_path": model.model_name_or_path, "reward_model": getattr(args, "reward_model", None)}
+    bases = {f"the base of {name}": base_of(path) for name, path in read.items() if path}
+    for name, path in {**read, **bases}.items():
+        if path and os.path.realpath(path) == output:
+            raise InputError(f"output_dir={config.output_dir}: is {name}, which would be lost; give another folder")
+    if (Path(output) / "reward_model.json").is_file() and not isinstance(config, RewardConfig):
+        raise InputError(f"output_dir={config.output_dir}: holds a reward model; give another folder")
 
 
 def parse_model(argv: list[str], arguments: type[ModelArguments], **defaults: Any) -> tuple:
@@ -109,24 +122,20 @@ def check_lora(model: ModelConfig) -> None:
 
 
 def load_model(args: ModelArguments, model: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model, or an adapter on its base, on the GPU if there is one, and its tokenizer."""
+    """A model, or an adapter on its base, whole, on the GPU if there is one, and its tokenizer."""
     name = model.model_name_or_path
     if (Path(name) / "reward_model.json").is_file():
         raise InputError(f"{name} is a reward model, which generates nothing; give a policy")
-    auto = AutoPeftModelForCausalLM if (Path(name) / "adapter_config.json").is_file() else AutoModelForCausalLM
     quantization = get_quantization_config(model)
-    with loading(f"model {name}"):
-        loaded = auto.from_pretrained(
-            name,
-            revision=model.model_revision,
-            trust_remote_code=args.trust_remote_code,
-            use_safetensors=True,
-            dtype=model.dtype,
-            attn_implementation=model.attn_implementation,
-            device_map="auto" if torch.cuda.is_available() else None,
-            **({} if quantization is None else {"quantization_config": quantization}),
-        )
-    return loaded, load_tokenizer(model, args.trust_remote_code)
+    return load_policy(
+        name,
+        revision=model.model_revision,
+        trust_remote_code=args.trust_remote_code,
+        dtype=model.dtype,
+        attn_implementation=model.attn_implementation,
+        device_map="auto" if torch.cuda.is_available() else None,
+        **({} if quantization is None else {"quantization_config": quantization}),
+    )
 
 
 def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
@@ -303,9 +312,10 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Run a recipe: a mistake of the user's is one line and exit code 2; a mistake of ours keeps its traceback."""
     try:
         main(sys.argv[1:])
-    except (InputError, ImportError, NoMatchingPeftModuleError, RunStopped) as error:  # flags for what is not there
+    # Flags for what is not there; files that are not to be read, and a full disk
+    except (InputError, ImportError, NoMatchingPeftModuleError, RunStopped, OSError) as error:
         told = error
-    except (ValueError, RuntimeError, OSError, KeyError, MemoryError) as error:
+    except (ValueError, RuntimeError, KeyError, MemoryError) as error:
         if isinstance(error, MemoryError) or should_reduce_batch_size(error):
             told = (
                 f"out of memory ({str(error)[:200]}): lower per_device_train_batch_size, the lengths or lora_r; "

@@ -47,6 +47,8 @@ def logprobs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: 
     for ids in rows:
         logits = model(input_ids=ids.to(model.device)).logits[:, :-1].float()
         found.append(logits.log_softmax(-1).gather(-1, ids[:, 1:, None].to(model.device))[0, :, 0])
+    if not any(map(len, found)):
+        raise InputError("--texts: none has two tokens, so that there is nothing to compare; give longer ones")
     return torch.cat(found)
 
 
@@ -64,6 +66,8 @@ def main(argv: list[str]) -> None:
         raise InputError(f"output folder {target}: it is not empty; give another output_dir")
     texts = TEXTS if args.texts is None else load_rows(args.texts, "pretraining")["text"][:64]
     model, tokenizer = load_model(args, config)
+    if not hasattr(model, "merge_and_unload"):
+        raise InputError(f"{source}: {type(model.base_model).__name__} is no adapter that is merged into weights")
     apart = logprobs(model.eval(), tokenizer, texts)
     with model.disable_adapter():
         effect = (logprobs(model, tokenizer, texts) - apart).abs().mean()

@@ -86,11 +86,13 @@ class Loop:
             "num_prompts": self.num_prompts,
             "prompts": hashlib.sha256(json.dumps([row["prompt"] for row in rows]).encode()).hexdigest(),
             "rankings": self.rankings and hashlib.sha256(self.rankings.read_bytes()).hexdigest(),
-            **{name: path and path.read_text() for name, path in self._configs().items()},
+            **{name: path and _text(path) for name, path in self._configs().items()},
         }
         file = self.output_dir / "loop.json"
         if file.is_file():
-            known = parse_json(file.read_text(encoding="utf-8"), str(file))
+            known = parse_json(_text(file), str(file))
+            if not isinstance(known, dict):
+                raise InputError(f"{file}: expected the settings of a loop; choose another --output_dir")
             other = [name for name in settings if known.get(name) != settings[name]]
             if other:
                 raise InputError(
@@ -126,6 +128,9 @@ class Loop:
         """Rankings of the tasks, by `rank` or by people."""
         tasks, rankings = self.folder(number) / "tasks.jsonl", self.folder(number) / "rankings.jsonl"
         rows, places = read_rows(str(tasks))
+        for row, place in zip(rows, places, strict=True):
+            if not isinstance(row, dict) or row.get("id") is None:
+                raise InputError(f"{place}: a task has an 'id', and this has none; delete the file, it is made anew")
         if self.rank is not None:
             if not rankings.is_file():
                 write_rows([self._ranked(*one) for one in zip(rows, places, strict=True)], rankings)
@@ -175,8 +180,16 @@ def unlabeled(tasks: list[Row], rankings: Path) -> int:
     """Tasks that nobody has ranked or skipped."""
     files = [rankings, rankings.with_name(f"{rankings.stem}.skips.jsonl")]
     lines = [line for file in files if file.is_file() for line in file.read_bytes().split(b"\n")[:-1] if line.strip()]
-    done = {str(json.loads(line).get("task")) for line in lines}
+    rows = [parse_json(line.decode("utf-8", "replace"), str(rankings)) for line in lines]
+    done = {str(row.get("task")) for row in rows if isinstance(row, dict)}
     return sum(str(task["id"]) not in done for task in tasks)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
 
 
 def train(name: str, config: Path, flags: list[str], output: Path) -> None:
@@ -211,13 +224,13 @@ def recipe(name: str, config: Path | None, flags: list[str]) -> None:
 def function_from(name: str) -> Callable[[Row], list[int]]:
     """FUNCTION of FILE.py."""
     file, _, function = name.rpartition(":")
-    if not Path(file).is_file() or not function:
+    if not Path(file).is_file() or Path(file).suffix != ".py" or not function:
         raise InputError(f"--labeler {name}: expected FILE.py:FUNCTION, with a file that is there")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"--labeler {name}: {type(error).__name__}: {error}; correct the file") from error
     if not callable(getattr(module, function, None)):
         raise InputError(f"--labeler {name}: {file} has no function {function}")
@@ -249,6 +262,8 @@ def main(argv: list[str] | None = None) -> None:
             if path is not None and not path.is_file():
                 raise InputError(f"--{name} {path}: no such file")
         check_output_dir(args.output_dir)
+        if args.sft.startswith((".", "/")) and not Path(args.sft).is_dir():
+            raise InputError(f"--sft {args.sft}: no such folder")
         given = {name: value for name, value in vars(args).items() if name != "labeler"}
         Loop(**given, rank=args.labeler and function_from(args.labeler)).run()
     except (InputError, OSError) as error:

@@ -17,6 +17,7 @@ import argparse
 import ipaddress
 import re
 import secrets
+import socket
 import sys
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -205,6 +206,17 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _check_address(host: str, port: int) -> None:
+    """Raise [`InputError`] if nobody can listen there; uvicorn says so when the address has been printed."""
+    if not host.strip():
+        raise InputError("--host: expected an address; give one, 0.0.0.0 for all of this machine")
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass
+    except OSError as error:
+        raise InputError(f"--host {host} --port {port}: {error.strerror or error}; choose another") from None
+
+
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     try:
@@ -217,6 +229,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.output.resolve() == args.tasks.resolve():
             raise InputError(f"--output {args.output}: is the file of tasks; choose another")
         check_output_dir(args.output.parent)
+        _check_address(args.host, args.port)
         tasks = TaskFile(args.tasks)
         labels = Labels(tasks, args.output, args.overlap)
     except (InputError, OSError) as error:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import yaml
-from common import ModelArguments, parse_arguments, run
+from common import ModelArguments, loading, parse_arguments, run
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, PreTrainedConfig
 from transformers.training_args import OptimizerNames
@@ -86,13 +86,15 @@ def check(args: Arguments) -> None:
 
 def read_config(args: Arguments) -> PreTrainedConfig:
     path = Path(args.model)
+    if path.suffix == ".json" and not (path.name == "config.json" and path.is_file()):
+        raise InputError(f"--model {args.model}: no such config.json; give an id, a folder or a config.json")
     try:
         return AutoConfig.from_pretrained(
             path.parent if path.suffix == ".json" else args.model, trust_remote_code=args.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a wrong value ends in any of them
         raise InputError(
-            f"--model {args.model}: {str(error).splitlines()[0]}; give an id, a folder or a config.json"
+            f"--model {args.model}: {' '.join(str(error).split())[:300]}; give an id, a folder or a config.json"
         ) from None
 
 
@@ -345,7 +347,8 @@ def main(argv: list[str]) -> None:
     stages = []
     for name in STAGES[: STAGES.index(args.recipe) + 1]:
         print(f"planning {name} ...", flush=True)
-        stages.append(plan(config, args, name, limit))
+        with loading(f"the shape in {args.model}"):
+            stages.append(plan(config, args, name, limit))
     print(f"\n{args.model}, {args.dtype}, prompts of {args.prompt} and completions of {args.completion} tokens\n")
     print(table(stages, limit))
     if args.tokens_per_second:

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_llama, make_tokenizer
@@ -12,6 +13,7 @@ from transformers import TrainerCallback
 
 from instructgpt_trl import PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, alarms
 from instructgpt_trl.alarms import AlarmCallback
+from instructgpt_trl.checkpoints import flaw
 from instructgpt_trl.data import InputError
 from instructgpt_trl.models.guards import NotFinite
 
@@ -50,6 +52,7 @@ SERIES = [
     ("pretraining gradient", {PTX: [1.0] * 10, POLICY: 51.0}, {PTX: [1.0] * 9, POLICY: 51.0}),
     ("scores alike", {STD: [0.0] * 5, SCORES: 3.0}, {STD: [0.0] * 4 + [0.01], SCORES: 3.0}),
     ("loss", {"loss": [1.0] * 10 + [2.1] * 10}, {"loss": [1.0] * 10 + [2.1] * 9}),
+    ("loss", {"loss": [1.0, 7.1, 7.1, 7.1]}, {"loss": [1.0, 7.1, 7.1, 6.9]}),
     ("loss", {"loss": [0.01] * 10 + [0.12] * 10}, {"loss": [0.01] * 10 + [0.1] * 10}),
     ("KL", {KL: [1, 2, 5.1], LENGTH: 1.0}, {KL: [1, 2, 5.0], LENGTH: 1.0}),
     (
@@ -87,6 +90,45 @@ def test_a_noisy_gold_figure_that_rises_is_no_alarm(noise):
         golds = torch.linspace(0, 1, 60) + noise * torch.randn(60, generator=generator)
         logs = rows(**{"rewards/gold/mean": golds.tolist(), SCORES: torch.linspace(0, 5, 60).tolist()})
         assert all(alarms.overoptimised(logs[:end]) is None for end in range(60))
+
+
+LOSSES = {
+    "normal": lambda rng, n: np.abs(0.5 + 0.4 * rng.normal(size=n)),
+    "rows of two kinds": lambda rng, n: np.where(rng.random(n) < 0.3, 3.5, 0.5) * np.linspace(1, 0.4, n),
+    "a few hard rows": lambda rng, n: np.where(rng.random(n) < 0.05, 6.0, 0.5) + 0.05 * rng.normal(size=n),
+    "falling": lambda rng, n: np.linspace(0.7, 0.2, n) * rng.gamma(2, 0.5, size=n),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_noisy_loss_is_no_alarm(kind):
+    for seed in range(20):
+        logs = rows(loss=LOSSES[kind](np.random.default_rng(seed), 200).tolist())
+        assert all(alarms.loss_rose(logs[:end]) is None for end in range(200)), seed
+
+
+def test_a_noisy_loss_that_diverges_is_one():
+    for seed in range(20):
+        losses = LOSSES["normal"](np.random.default_rng(seed), 200)
+        losses[100:] += 3.0
+        logs = rows(loss=losses.tolist())
+        assert next(end for end in range(200) if alarms.loss_rose(logs[:end])) in range(101, 112)
+
+
+def test_overoptimisation_of_each_evaluation_set_and_of_a_row_of_its_own():
+    golds, scores = [0.5, 0.6, 0.7, 0.8, 0.8, 0.8, 0.7, 0.6, 0.5, 0.4], list(range(10))
+    for names in (
+        ("eval_a_rewards/gold/mean", "eval_a_objective/scores"),
+        ("eval_win_rate", "eval_objective/scores"),
+        ("win_rate", "eval_objective/scores"),
+    ):
+        apart = [
+            {"step": step, name: value}
+            for step, pair in enumerate(zip(golds, scores, strict=True))
+            for name, value in zip(names, pair, strict=True)
+        ]
+        other = {"eval_b_objective/scores": 0.0}
+        assert f"{names[1]} rose" in alarms.overoptimised([{**row, **other} for row in apart])
 
 
 def test_nothing_is_seen_in_logs_without_numbers():
@@ -255,6 +297,20 @@ def test_a_reward_model_that_says_the_same_of_everything(base_dir, tmp_path):
     assert set(given(trainer)) == {"scores alike"}
 
 
+@pytest.mark.parametrize("kill", [2, 4])
+def test_a_resumed_run_is_stopped_where_it_would_have_been(folders, tmp_path, kill):
+    settings = dict(alarms="stop", save_strategy="steps", save_steps=1)
+    straight = ppo(folders, tmp_path, constant, **settings)
+    straight.train()
+    again = ppo(folders, tmp_path, constant, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{kill}"))
+    assert 5 == straight.state.global_step == again.state.global_step
+    # Behind the stop, what is known is not told again
+    on = ppo(folders, tmp_path, constant, **settings, max_steps=8)
+    on.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert on.state.global_step == 8
+
+
 # NaN and infinity
 
 
@@ -273,9 +329,11 @@ def test_nan_stops_sft_and_keeps_what_is_good(tmp_path, where):
     message = f"step 3: {what}.* the weights before this step are in .*checkpoint-3"
     with pytest.raises(NotFinite, match=message):
         trainer.train()
+    assert flaw(tmp_path / "checkpoint-3") is None
     again = sft(tmp_path, learning_rate=1e-3, max_steps=8, save_strategy="steps", save_steps=2)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 8 and torch.isfinite(again.model.lm_head.weight).all()
+    assert (tmp_path / "checkpoint-3").is_dir()
 
 
 def test_nan_in_ppo_names_the_tensor_and_keeps_what_is_good(folders, tmp_path):

@@ -35,6 +35,7 @@ FOLDERS = {"data", "models"}
 PUBLIC_MODULES = {
     PACKAGE,
     *(f"{PACKAGE}.{name}" for name in ("checkpoints", "data", "functional", "memory", "ranges")),
+    f"{PACKAGE}.models.loading",
 }
 PUBLIC_MODULES |= {f"{PACKAGE}.peak_memory"} | {
     f"{PACKAGE}.data.{name}" for name in ("merging", "pii", "prompts", "ranking_formats")

@@ -386,6 +386,45 @@ def test_the_best_checkpoint_is_one_of_this_run_whatever_a_file_says(world, tmp_
     assert trainer.state.best_model_checkpoint is None
 
 
+def test_a_run_that_goes_on_does_not_evaluate_its_start_again(world, tmp_path):
+    settings = dict(eval_on_start=True, load_best_model_at_end=False, max_steps=4)
+    world.trainer("sft", "lora", tmp_path, **settings).train()
+    again = world.trainer("sft", "lora", tmp_path, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    steps = [row["step"] for row in again.state.log_history if "eval_loss" in row]
+    assert steps == [0, 1, 2, 3, 4] and again.args.eval_on_start
+
+
+@pytest.mark.parametrize(
+    ("setting", "why"),
+    [
+        (dict(ignore_data_skip=True), "which begins the epoch anew"),
+        (dict(train_sampling_strategy="group_by_length"), "drawn from the generators of training"),
+    ],
+)
+def test_a_setting_with_which_nothing_is_exact_is_said(world, tmp_path, warnings_of, setting, why):
+    for resume_from in (None, True):
+        trainer = world.trainer("sft", "lora", tmp_path, load_best_model_at_end=False, max_steps=2, **setting)
+        trainer.train(resume_from_checkpoint=resume_from)
+        assert ("does not go on exactly" in warnings_of() and why in warnings_of()) == bool(resume_from)
+
+
+def test_another_optimizer_is_refused(world, run):
+    trainer = world.trainer("reward", "lora", run, optim="sgd")
+    with pytest.raises(InputError, match="of the optimizer adamw_torch_fused, with whose state sgd cannot go on"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_new_generator_state_makes_no_other_base(world, tmp_path, warnings_of):
+    """The head beside which a copy is trained is drawn at random, and not used."""
+    args = RewardConfig(str(tmp_path), max_steps=2, save_steps=1, report_to="none", gradient_checkpointing=False)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        trainer = RewardTrainer(world.reward["lora"], args, train_dataset=world.rankings)
+        trainer.train(resume_from_checkpoint=seed and str(tmp_path / "checkpoint-1"))
+    assert "this is not exactly the run" not in warnings_of()
+
+
 def of_a_stream(world: World, stage: str, folder: Path, **settings):
     """Ten rows, otherwise shuffled in each pass: five micro-batches of two, two of them a step, and one left over."""
     rows = {"sft": world.demonstrations, "reward": world.rankings, "ppo": world.prompts}[stage]

@@ -42,6 +42,13 @@ def test_a_prompt_and_a_completion_of_two_forms_do_not_pass():
     check_demonstrations(as_conversations(rows), "train_dataset")
 
 
+@pytest.mark.parametrize("column", ["input_ids", "labels", "completion_mask"])
+def test_columns_of_encoded_rows_are_not_mixed_with_text(column):
+    rows = Dataset.from_list([{"prompt": "p", "completion": "c", column: [1, 2]}])
+    with pytest.raises(InputError, match=f"train_dataset: the column '{column}' beside prompt and completion"):
+        check_demonstrations(rows, "train_dataset")
+
+
 def test_another_text_column_passes():
     dataset = Dataset.from_list([{"body": "a text"}])
     assert check_demonstrations(dataset, "train_dataset", text_column="body") is dataset

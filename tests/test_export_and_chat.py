@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import make_llama, make_tokenizer
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from instructgpt_trl.data import InputError
@@ -135,6 +136,31 @@ def test_an_answer_ends_where_the_templates_turn_ends():
     model.generation_config.eos_token_id = 77
     assert COMMON.ends_of(model, tokenizer, [{"role": "user", "content": "hi"}]) == [77, 258]
     assert COMMON.ends_of(model, tokenizer, "hi") == [77, 257]
+
+
+@pytest.mark.parametrize("recipe", ["export", "chat"])
+@pytest.mark.parametrize("weights", ["renamed", "none"])
+def test_an_adapter_that_does_not_fit_is_refused(folders, tmp_path, recipe, weights):
+    folder = Path(shutil.copytree(folders.sft, tmp_path / "adapter"))
+    state = load_file(folder / "adapter_model.safetensors")
+    state = {name.replace("layers.0", "layers.7"): x for name, x in state.items()} if weights == "renamed" else {}
+    save_file(state, folder / "adapter_model.safetensors")
+    flags = ["--model_name_or_path", str(folder)]
+    with pytest.raises(InputError, match="the adapter does not fit its base|no adapter_model"):
+        if recipe == "export":
+            EXPORT.main([*flags, "--output_dir", str(tmp_path / "out")])
+        else:
+            CHAT.main(flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_system_message_needs_a_template(folders, tmp_path):
+    folder = shutil.copytree(folders.sft, tmp_path / "adapter", ignore=shutil.ignore_patterns("chat_template*"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(InputError, match="has no chat template to put it into"):
+        CHAT.main(["--model_name_or_path", str(folder), "--system", "be kind"])
 
 
 OUT_OF_RANGE = [("temperature", "-1"), ("temperature", "nan"), ("top_p", "0"), ("max_new_tokens", "0"), ("seed", "-1")]

@@ -75,6 +75,7 @@ def test_hours_are_measured_here(capsys, model, tmp_path):
     [
         (["--model", "no/such"], "--model no/such: .* give an id, a folder or a config.json"),
         (["--model", "MODEL", "--recipe", "dpo"], "--recipe dpo: expected one of sft, reward, ppo_ptx"),
+        (["--model", "MODEL/../nosuch.json"], "no such config.json"),
         (["--model", "MODEL", "--gpu", "nan"], "gpu=nan: expected a number above 0"),
         (["--model", "MODEL", "--gpu", "0"], "gpu=0.0"),
         (["--model", "MODEL", "--gpu", "inf"], "gpu=inf"),
@@ -89,7 +90,7 @@ def test_hours_are_measured_here(capsys, model, tmp_path):
     ],
 )
 def test_wrong_arguments_are_one_line(model, tmp_path, flags, message):
-    flags = [model if flag == "MODEL" else flag for flag in flags]
+    flags = [flag.replace("MODEL", model) for flag in flags]
     with pytest.raises(common.InputError, match=message) as error:
         PLAN.main([*flags, "--output_dir", str(tmp_path / "out")])
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()

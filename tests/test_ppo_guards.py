@@ -240,9 +240,21 @@ def test_pitfall_18_a_reward_model_that_says_nan_stops_the_run(folders, tmp_path
     store_completions(monkeypatch)
     rewards = [folders.reward_adapter, folders.reward_full]
     trainer = PPOTrainer(folders.sft, reward_model=rewards, args=config(tmp_path), train_dataset=prompts)
+    spoiled = torch.full_like(trainer.roles.rewards[index].head.weight, torch.nan)
+    trainer._check_start = lambda: None  # which sees weights that are NaN
     with torch.no_grad():
-        trainer.roles.rewards[index].head.weight.fill_(float("nan"))
+        trainer.roles.rewards[index].head.weight.copy_(spoiled)
     with pytest.raises(RuntimeError, match=f"step 0: a score of '{name}' is NaN"):
+        trainer.train()
+
+
+def test_weights_that_are_nan_are_refused_before_anything_is_sampled(folders, tmp_path, prompts):
+    trainer = PPOTrainer(
+        folders.sft, reward_model=folders.reward_adapter, args=config(tmp_path), train_dataset=prompts
+    )
+    with torch.no_grad():
+        trainer.roles.rewards[0].head.weight.fill_(torch.nan)
+    with pytest.raises(InputError, match="score.weight is NaN or infinite before the first step"):
         trainer.train()
 
 

@@ -95,6 +95,23 @@ def test_pitfall_16_a_wrong_ranking_is_named(row, message):
         check_rankings(Dataset.from_list([good, row]), "rows")
 
 
+@pytest.mark.parametrize("column", ["prompt_ids", "completions_ids", "chosen_ids"])
+def test_columns_of_encoded_rankings_are_not_mixed_with_text(column):
+    rows = Dataset.from_list([{"prompt": "p", "chosen": "a", "rejected": "b", column: [1]}])
+    with pytest.raises(InputError, match=f"rows: the column '{column}' is of encoded rankings"):
+        check_rankings(rows, "rows")
+
+
+def test_a_template_that_leaves_the_answers_out_is_refused():
+    tokenizer = make_tokenizer()
+    known = "{% if m.role in ['user', 'assistant'] %}{{ m.content }}{% endif %}"
+    tokenizer.chat_template = f"{{% for m in messages %}}{known}{{% endfor %}}"
+    answers = [[{"role": "gpt", "content": text}] for text in ("yes", "no")]
+    row = {"prompt": [{"role": "user", "content": "hi"}], "completions": answers, "ranks": [1, 2]}
+    with pytest.raises(InputError, match="rows, row 0: all completions become the same token ids"):
+        prepare_rankings(Dataset.from_list([row]), tokenizer, None, "rows")
+
+
 def test_margin_is_refused():
     rows = Dataset.from_list([{"prompt": "p", "chosen": "a", "rejected": "b", "margin": 1.0}])
     for dataset in (rows, rows.to_iterable_dataset(), IterableDataset.from_generator(lambda: iter(rows))):

@@ -16,6 +16,7 @@ import yaml
 from conftest import make_llama, make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
@@ -305,6 +306,103 @@ def test_wrong_rows(name, rows, message, base_dir, reward_dir, tmp_path, capsys,
     assert message in line
     assert file in line or "ties" in message or "batch" in message or "left" in message
     assert not (tmp_path / "out").exists()
+
+
+def without_eos(folder: Path) -> None:
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token": None}))
+
+
+def with_a_token_more(folder: Path) -> None:
+    make_tokenizer(extra=("<new>",)).save_pretrained(folder)
+
+
+def with_nan(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def of_text_ends(folder: Path) -> None:
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": "x"}))
+
+
+@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_eos, "no EOS token"),
+        (with_a_token_more, "its tokenizer has the token '<new>' with id 258, and the model 258 embeddings"),
+        (with_nan, "model.norm.weight is NaN or infinite before the first step"),
+        (of_text_ends, "eos_token_id='x': expected whole numbers"),
+    ],
+)
+def test_models_that_cannot_be_trained(
+    name, change, message, base_dir, rows, reward_dir, tmp_path, capsys, monkeypatch
+):
+    model = Path(shutil.copytree(base_dir, tmp_path / "model"))
+    change(model)
+    file = {"sft": "demonstrations", "reward": "RANKINGS.jsonl", "ppo_ptx": "PROMPTS.jsonl"}[name]
+    argv = ["--model_name_or_path", model, "--dataset", rows[file], "--output_dir", tmp_path / "out", *TINY]
+    argv += ["--reward_model", reward_dir, "--max_completion_length", "6"] if name == "ppo_ptx" else []
+    assert message in refused(MAIN[name], argv, capsys, monkeypatch)
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_classifier_is_no_model_for_sft(reward_dir, rows, tmp_path, capsys, monkeypatch):
+    line = refused(SFT, sft_flags(reward_dir, rows, tmp_path / "out"), capsys, monkeypatch)
+    assert "a LlamaForSequenceClassification, which generates nothing" in line
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_texts_beyond_learned_positions(name, gpt2_dir, reward_dir, tmp_path, capsys, monkeypatch):
+    long = "word " * 100
+    row = {"prompt": long, "completion": "a", "completions": ["a", "b"], "ranks": [1, 2]}
+    kept = {"sft": "prompt completion", "reward": "prompt completions ranks", "ppo_ptx": "prompt"}[name].split()
+    file = write(tmp_path / "rows.jsonl", [{key: row[key] for key in kept}] * 64)
+    argv = ["--model_name_or_path", gpt2_dir, "--dataset", file, "--output_dir", tmp_path / "out", *TINY]
+    argv += ["--reward_model", reward_dir, "--max_completion_length", "6"] if name == "ppo_ptx" else []
+    line = refused(MAIN[name], argv, capsys, monkeypatch)
+    assert re.search(r"train_dataset.*: 50\d tokens, and the model has positions for \d+; lower the lengths", line)
+
+
+@pytest.mark.parametrize("name", ["model_name_or_path", "reward_model", "the base of model_name_or_path"])
+def test_what_is_read_is_not_written_over(name, base_dir, reward_dir, rows, tmp_path, capsys, monkeypatch):
+    model, reward = shutil.copytree(base_dir, tmp_path / "base"), shutil.copytree(reward_dir, tmp_path / "reward")
+    output = reward if name == "reward_model" else model
+    if name.startswith("the base"):
+        network = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=2))
+        network.save_pretrained(tmp_path / "adapter")
+        model = tmp_path / "adapter"
+    argv = ["--model_name_or_path", model, "--reward_model", reward, "--dataset", rows["PROMPTS.jsonl"]]
+    line = refused(PPO, [*argv, "--output_dir", f"{output}/../{output.name}"], capsys, monkeypatch)
+    assert f"is {name}, which would be lost" in line
+
+
+def test_a_folder_of_a_reward_model_takes_no_other(base_dir, reward_dir, rows, capsys, monkeypatch):
+    line = refused(SFT, sft_flags(base_dir, rows, reward_dir), capsys, monkeypatch)
+    assert "holds a reward model; give another folder" in line
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}\n', "x\n", "[1]\n", '{"step": "x"}\n', None])
+def test_a_file_of_completions_that_is_none(text, base_dir, reward_dir, rows, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "out" / "completions.jsonl"
+    file.mkdir(parents=True) if text is None else (file.parent.mkdir(), file.write_text(text))
+    argv = ["--model_name_or_path", base_dir, "--reward_model", reward_dir, "--dataset", rows["PROMPTS.jsonl"]]
+    argv += ["--output_dir", file.parent, *TINY_PPO, "--max_prompt_length", "64"]
+    line = refused(PPO, argv, capsys, monkeypatch)
+    assert "not a file of completions that a run has written" in line
+    assert text is None or file.read_text() == text
+
+
+def test_a_link_to_nowhere_and_a_name_that_is_too_long(base_dir, rows, tmp_path, capsys, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    line = refused(SFT, sft_flags(base_dir, rows, tmp_path / "link" / "out"), capsys, monkeypatch)
+    assert "is a link to nowhere" in line
+    for name in ("output_dir", "dataset", "model_name_or_path"):
+        flags = [*sft_flags(base_dir, rows, tmp_path / "out"), f"--{name}", "x" * 300]
+        assert "File name too long" in refused(SFT, flags, capsys, monkeypatch)
 
 
 def test_reward_model_of_another_tokenizer(base_dir, rows, tmp_path, capsys, monkeypatch):

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .files import InputError
+
 
 class CompletionsFile:
     """
@@ -26,15 +28,33 @@ class CompletionsFile:
         """
         if not self.path.exists():
             return
-        with self.path.open(encoding="utf-8") as file:
-            complete = [line for line in file if line.endswith("\n")]
-        steps = [json.loads(line)["step"] for line in complete]
+        complete, steps = self.read()
         first_own = len(complete) - (self.own if keep_baseline else 0)
         kept = [line for i, line in enumerate(complete) if steps[i] < step or (i >= first_own and steps[i] == 0)]
         unfinished = self.path.with_name(f".unfinished-{self.path.name}")  # a run that is killed here loses nothing
         unfinished.write_text("".join(kept), encoding="utf-8")
         os.replace(unfinished, self.path)
         self.own = sum(i >= first_own and steps[i] == 0 for i in range(len(complete)))
+
+    def read(self) -> tuple[list[str], list[int]]:
+        """
+        The lines that are there, without one cut short, and the step of each.
+
+        Raises:
+            [`InputError`]: a file that something else has written.
+        """
+        try:
+            with self.path.open(encoding="utf-8") as file:
+                complete = [line for line in file if line.endswith("\n")]
+            steps = [json.loads(line)["step"] for line in complete]
+            if not all(isinstance(step, int) for step in steps):
+                raise ValueError("a step is no number")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"{self.path}: not a file of completions that a run has written ({type(error).__name__}: {error}); "
+                f"move it away, or give another output_dir"
+            ) from None
+        return complete, steps
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
         """Write `rows` behind those that are there."""

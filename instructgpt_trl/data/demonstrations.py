@@ -9,6 +9,8 @@ from .formats import InputError, check_rows, listed
 # Columns of TRL's other forms of rows for SFT, which pass unchecked
 OTHER_FORMS = {"input_ids", "messages", "conversations"}
 IMAGES = {"image", "images"}
+# Columns of rows that are encoded
+RESERVED = {"input_ids", "labels", "completion_mask", "assistant_masks", "seq_lengths", "position_ids"}
 
 
 def columns_of(dataset: Dataset | IterableDataset) -> set[str]:
@@ -33,6 +35,12 @@ def check_demonstrations(
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise InputError(f"{name}: no rows; expected demonstrations (columns prompt, completion); add some")
     columns = columns_of(dataset)
+    taken = sorted(columns & RESERVED) if {"prompt", "completion"} <= columns else []
+    if taken:
+        raise InputError(
+            f"{name}: the column '{taken[0]}' beside prompt and completion would be taken for token ids, or theirs; "
+            f"rename or remove it"
+        )
     is_other = not {"prompt", "completion"} <= columns and columns & {*OTHER_FORMS, text_column}
     if is_other or columns & IMAGES:
         return dataset

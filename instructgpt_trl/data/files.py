@@ -200,9 +200,11 @@ def check_output_dir(output_dir: str | os.PathLike | None) -> None:
     if output_dir is None:
         return
     parent = Path(output_dir).absolute()
-    while not parent.exists():
-        parent = parent.parent
     try:
+        while not parent.exists():
+            if parent.is_symlink():
+                raise InputError(f"output folder {output_dir}: {parent} is a link to nowhere; remove it")
+            parent = parent.parent
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:

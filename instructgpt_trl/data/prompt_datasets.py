@@ -71,3 +71,8 @@ def drop_long_prompts(
         raise InputError(f"{name}: {report}; raise max_prompt_length")
     logger.warning(report)
     return dataset.select(keep)
+
+
+def longest_prompt(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, behind: int = 0, **template_kwargs) -> int:
+    """In tokens, with those `behind` it."""
+    return behind + max(len(encode_prompt(tokenizer, prompt, **template_kwargs)) for prompt in dataset["prompt"])

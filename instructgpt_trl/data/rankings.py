@@ -128,7 +128,12 @@ def check_rankings(dataset: Dataset | IterableDataset, source: str = "dataset") 
         raise InputError(
             f"{source}: the column 'margin' is not supported, since a ranking has more than one pair; remove it"
         )
-    return dataset if is_encoded(dataset) else check_rows(dataset, "ranking", source)
+    if is_encoded(dataset):
+        return dataset
+    taken = sorted(_columns(dataset) & {*ENCODED[:2], *PAIRS})
+    if taken:
+        raise InputError(f"{source}: the column '{taken[0]}' is of encoded rankings; rename or remove it")
+    return check_rows(dataset, "ranking", source)
 
 
 def prepare_rankings(
@@ -218,9 +223,15 @@ def _encode(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str
     if row.get("tools") is not None:
         template["tools"] = parse_json(row["tools"], "tools") if isinstance(row["tools"], str) else row["tools"]
     prompt = row["prompt"]
+    completions = [encode_completion(tokenizer, prompt, text, **template) for text in row["completions"]]
+    if len({tuple(ids) for ids in completions}) == 1 < len({str(text) for text in row["completions"]}):
+        raise InputError(
+            "all completions become the same token ids, though their texts differ: the chat template leaves them out; "
+            "correct it, or the roles of the messages"
+        )
     return {
         "prompt_ids": encode_prompt(tokenizer, prompt, **template),
-        "completions_ids": [encode_completion(tokenizer, prompt, text, **template) for text in row["completions"]],
+        "completions_ids": completions,
         "ranks": [int(rank) for rank in row["ranks"]],
         "shortened": 0,
     }

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 from .._trl import preserved_rng
 from ..data import InputError
 from .folders import adapter_base, check_folder, check_weights, load_whole
+
+__all__ = ["load_policy"]
 
 logger = logging.get_logger(__name__)
 
@@ -103,6 +105,34 @@ def warn_beyond_context(config: PreTrainedConfig, prompt: int | None, completion
             f"max_prompt_length={prompt} and max_completion_length={completion} together exceed the model's context "
             f"of {context} tokens; lower them"
         )
+
+
+def check_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise [`InputError`] if a tokenizer has no end of a text, or tokens that a model has no embeddings of."""
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{name}: its tokenizer has no EOS token, at which a completion ends; set eos_token in it")
+    words = model.get_input_embeddings()
+    rows = len(getattr(words, "original_module", words).weight)  # PEFT's wrapper of single tokens
+    last = max(tokenizer.get_vocab().values())
+    if last >= rows:
+        token = tokenizer.convert_ids_to_tokens(last)
+        raise InputError(
+            f"{name}: its tokenizer has the token {token!r} with id {last}, and the model {rows} embeddings; call "
+            f"model.resize_token_embeddings(len(tokenizer)) and save both again"
+        )
+
+
+def check_positions(model: nn.Module, longest: Callable[[], int], what: str) -> None:
+    """
+    Raise [`InputError`] if the longest sequence, in tokens, goes past a table of learned positions, where there is
+    one. Other positions go on, worse and worse.
+    """
+    context, words = context_length(model.config), model.get_input_embeddings()
+    own = {id(module) for module in words.modules()}
+    tables = [one for one in model.modules() if isinstance(one, nn.Embedding) and id(one) not in own]
+    # OPT's has two more
+    if context and any(0 <= one.num_embeddings - context <= 2 for one in tables) and (most := longest()) > context:
+        raise InputError(f"{what}: {most} tokens, and the model has positions for {context}; lower the lengths")
 
 
 def load_tokenizer(path: str, base: str | None = None, **kwargs) -> PreTrainedTokenizerBase:
@@ -188,6 +218,7 @@ def load_policy(path: str, **model_init_kwargs) -> tuple[PreTrainedModel | PeftM
     keep_gradients(model)
     if adapter:
         model = _with_adapter(model, path, tokenizer)
+    check_tokenizer(model, tokenizer, path)
     return model, tokenizer
 
 

@@ -91,6 +91,8 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], dict[str, Any], str | tuple[str, ...
     (ALL, {"torch_compile_mode": "nosuch"}, "torch_compile_mode"),
     (ALL, {"per_device_train_batch_size": 10**30}, "per_device_train_batch_size"),
     (ALL, {"output_dir": ""}, "output_dir"),
+    (ALL, {"train_sampling_strategy": "length"}, "train_sampling_strategy"),
+    (("sft", "reward"), {"dataloader_drop_last": True, "per_device_train_batch_size": 64}, "dataloader_drop_last"),
     (ALL, {**EVALUATED, "metric_for_best_model": "nosuch"}, "metric_for_best_model"),
     (PPO, {**EVALUATED, "load_best_model_at_end": True}, "metric_for_best_model='loss'"),
     (ALL, {"model_init_kwargs": {"nosuch": 1}}, "nosuch"),
@@ -183,6 +185,7 @@ NO_YAML = [
     ),
     *(b"\xff\xfe\x00", b"\x00\x01", b"caf\xe9: 1", b"a: !!python/object/apply:os.getcwd []", b"1: 2", b"null: 1"),
     *(b"? [a]\n: 1", b"{[1]: 2}", b"[" * 3000, b"a: 1\n---\nb: 2", b"true: 1", b"env: 3", b"@", b"`x"),
+    *(b"seed: 1\nseed: 2", b"model_init_kwargs:\n  a: 1\n  a: 2"),
 ]
 
 

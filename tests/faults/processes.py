@@ -73,15 +73,16 @@ def main(folder: Path, output: Path) -> None:
 
 
 def resumed(world: World, output: Path, processes: int) -> bool:
-    """Whether a run that goes on from inside a rollout has the weights of one that did not stop."""
+    """Whether runs that go on inside a rollout, in the first epoch or the second, end as one that did not stop."""
     weights = []
-    for checkpoint in (None, str(output / "straight" / "checkpoint-1")):
-        settings = dict(use_cpu=True, max_steps=4, gradient_accumulation_steps=1, steps_per_generation=2)
+    for step in (None, 1, 7):
+        settings = dict(use_cpu=True, max_steps=10, gradient_accumulation_steps=1, steps_per_generation=2)
         settings |= dict(per_device_train_batch_size=MINIBATCH // processes, save_total_limit=None)
-        trainer = world.trainer("ppo", "lora", output / ("resumed" if checkpoint else "straight"), **settings)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer = world.trainer("ppo", "lora", output / ("resumed" if step else "straight"), **settings)
+        trainer.train(resume_from_checkpoint=step and str(output / "straight" / f"checkpoint-{step}"))
         weights.append({name: parameter.detach().clone() for name, parameter in trainer._trained().items()})
-    return all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    straight, *others = weights
+    return all(torch.equal(tensor, other[name]) for other in others for name, tensor in straight.items())
 
 
 if __name__ == "__main__":
