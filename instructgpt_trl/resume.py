@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from safetensors import SafetensorError
-from transformers import IntervalStrategy, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -39,6 +38,7 @@ from .data import InputError, check_tokenizers
 from .models.folders import loading
 from .models.guards import NotFinite, first_not_finite
 from .models.loading import check_fit, load_tokenizer, restored
+from .start_checks import StartChecks
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +57,7 @@ _INEXACT = {
 _SEEN = 8  # elements of a frozen weight that a base is recognised by
 
 
-class ExactResume:
+class ExactResume(StartChecks):
     """
     What the trainers share: whole checkpoints, and `train(resume_from_checkpoint=...)` from the last of them (`True`)
     or a named one, refused if it is not whole or of another tokenizer. Other versions, settings or data are a warning.
@@ -66,7 +66,6 @@ class ExactResume:
     `_load_optimizer_and_scheduler`, `_load_rng_state`; calls `_push_from_checkpoint`.
     """
 
-    EVALUATION: tuple[str, ...] = ()  # names of what an evaluation may log, without `eval_`
     _unfinished: str | None = None  # folder that a checkpoint is being written into
     _counted = (-1, 0)  # optimizer step, and micro-batches of it
     # Of a stream: passes begun in the run that it goes on from, those begun in all, and the step of the last beginning
@@ -74,7 +73,6 @@ class ExactResume:
     _from: str | None = None  # checkpoint that this run goes on from, until its state is read
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        self._check_best_metric()
         self._check_start()
         lock = only_run(self.args.output_dir) if self.args.should_save else nullcontext()
         with lock, restored(self.args, "eval_on_start"):
@@ -90,45 +88,9 @@ class ExactResume:
             except NotFinite as error:
                 raise NotFinite(f"{error}; {self._keep_what_is_good()}") from error
 
-    def _check_start(self) -> None:
-        """What would be found out at the first step, or never."""
-        rows, batch = self.train_dataset, self.args.train_batch_size * self.args.world_size
-        repeats = getattr(self, "num_generations", 1)  # of a prompt, in PPO
-        if isinstance(rows, Dataset) and self.args.dataloader_drop_last and len(rows) * repeats < batch:
-            raise InputError(
-                f"dataloader_drop_last: train_dataset has {len(rows)} rows, fewer than a batch of {batch}, so that "
-                f"nothing is left; lower per_device_train_batch_size or leave it out"
-            )
-        if name := first_not_finite(self._networks()):
-            raise InputError(f"{name} is NaN or infinite before the first step; copy the model again")
-
-    def _networks(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All weights that the training begins with."""
-        return self.model.named_parameters()
-
-    def _no_batch(self) -> str:
-        return "train_dataset gave no batch, so that nothing was learned; give it rows"
-
     def _watch(self, alarms: tuple[Alarm, ...]) -> None:
         self._alarms = AlarmCallback(alarms, getattr(self.args, "alarms", "warn"))  # TRL's own configs have no level
         self.add_callback(self._alarms)
-
-    def _metrics_of_evaluation(self) -> tuple[str, ...] | None:
-        """Without `eval_`; none where a function of the user's adds to them."""
-        return None if self.compute_metrics is not None else self.EVALUATION
-
-    def _check_best_metric(self) -> None:
-        """What the parent finds out at the first evaluation."""
-        best, metrics = self.args.metric_for_best_model, self._metrics_of_evaluation()
-        if best is None or metrics is None or self.args.eval_strategy == IntervalStrategy.NO:
-            return
-        sets = [f"{name}_" for name in self.eval_dataset] if isinstance(self.eval_dataset, dict) else [""]
-        known = [f"eval_{name}{metric}" for name in sets for metric in metrics]
-        if f"eval_{best.removeprefix('eval_')}" not in known:
-            raise InputError(
-                f"metric_for_best_model={best!r}: no evaluation of this run logs it; expected one of "
-                f"{', '.join(known)}"
-            )
 
     def _go_on_from(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """The checkpoint to start from, if any, checked, with what the parent does not read from it."""

@@ -170,7 +170,8 @@ class SFTTrainer(ScoredEvaluation, trl.SFTTrainer):
                 pass
         self._watch(alarms.SFT)
         check_named(self.model)
-        if not hasattr(self.model.get_output_embeddings(), "bias"):  # PEFT's wrapper of single tokens, of a tied head
+        head = self.model.get_output_embeddings()
+        if head is not None and not hasattr(head, "bias"):  # PEFT's wrapper of single tokens
             raise InputError("trainable_token_indices: TRL's loss does not read such an LM head; use modules_to_save")
         for name, rows in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
             if isinstance(rows, Dataset) and "input_ids" in rows.column_names and not args.packing:

@@ -24,7 +24,7 @@ LAYERS = (
     ("models", "ranges"),
     ("config_checks",),
     ("sft_config", "reward_config", "ppo_config", "memory"),
-    ("alarms", "checkpoints", "processes", "ppo_checks", "reward_metrics"),
+    ("alarms", "checkpoints", "processes", "start_checks", "ppo_checks", "reward_metrics"),
     ("resume", "ppo_metrics", "ppo_sampling", "ppo_update"),
     ("ppo_saving", "sft_scores"),
     ("sft_trainer", "reward_trainer", "ppo_trainer"),

@@ -758,3 +758,16 @@ def test_pitfall_07_a_reward_model_of_another_tokenizer_is_refused(tmp_path, dem
     RewardModel(network, make_tokenizer(extra=("<x>",)), bias=0.0).save_pretrained(folder)
     with pytest.raises(InputError, match=f"the tokenizers of the model and {folder} differ"):
         scored(tmp_path, demonstrations, folder)
+
+
+def test_single_tokens_of_a_tied_head_are_refused(tmp_path, demonstrations):
+    model = make_llama(tie_word_embeddings=True)
+    peft_config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3])
+    with pytest.raises(InputError, match="trainable_token_indices: TRL's loss does not read such an LM head"):
+        SFTTrainer(
+            model,
+            config(tmp_path),
+            train_dataset=demonstrations,
+            processing_class=make_tokenizer(),
+            peft_config=peft_config,
+        )
