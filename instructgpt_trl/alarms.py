@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 
 FIRST, LAST = 3, 3  # logs that a start, and a change that is no chance, are measured over
 KL_A_TOKEN, KL_LEAST = 1.0, 5.0  # nats: e times as likely as under the reference, token by token; a completion
-JUMP, JUMP_LEAST = 5.0, 0.1  # times the highest of up to ten logs before, and nats a token
+JUMP, JUMP_LEAST = 5.0, 0.1  # times the highest of ten logs before, and nats a token
 COLLAPSED = 0.2  # of the entropy at the start
 EOS_LEAST = 0.1  # change of the share of completions that end
 NEGATIVE = 20  # logs of a value model that is worse than a constant
@@ -120,8 +120,8 @@ def kl_over_limit(history: History) -> str | None:
 def kl_jump(history: History) -> str | None:
     found = _each(history, "objective/kl", "completions/mean_length")
     before = [kl for kl, _ in found[-11:-1]]
-    if len(before) >= FIRST and found[-1][0] > max(JUMP * max(before), JUMP_LEAST * found[-1][1]):
-        return f"objective/kl went from at most {max(before):.2f} in {len(before)} logs to {found[-1][0]:.2f} nats"
+    if len(before) == 10 and found[-1][0] > max(JUMP * max(before), JUMP_LEAST * found[-1][1]):
+        return f"objective/kl went from at most {max(before):.2f} in ten logs to {found[-1][0]:.2f} nats"
     return None
 
 

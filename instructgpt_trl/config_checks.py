@@ -29,7 +29,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("eval_accumulation_steps", "torch_empty_cache_steps", "dataloader_prefetch_factor"), COUNT),
     **dict.fromkeys(("dataset_num_proc", "ddp_timeout", "max_length", "num_iterations"), COUNT),
     **dict.fromkeys(("num_generations", "num_generations_eval", "generation_batch_size"), COUNT),
-    "num_completions_to_print": COUNT,
+    "num_completions_to_print": Range(0, whole=True),
     **dict.fromkeys(("steps_per_generation", "max_completion_length"), COUNT),
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "eval_delay"), FROM_0),
     **dict.fromkeys(("center_rewards_coefficient", "router_aux_loss_coef", "eval_steps"), FROM_0),

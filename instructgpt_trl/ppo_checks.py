@@ -3,7 +3,7 @@
 import inspect
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
@@ -79,15 +79,16 @@ def check_generation(args: PPOConfig, model: PreTrainedModel | PeftModel) -> Non
         )
 
 
-def check_template(args: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A variable that a chat template does not know is passed over by jinja."""
+def check_template(args: PPOConfig, tokenizer: PreTrainedTokenizerBase, prompts: Dataset | IterableDataset) -> None:
+    """A variable that a chat template does not know is passed over by jinja. Plain text has no template."""
+    given = args.chat_template_kwargs or {}
+    if not given or isinstance(next(iter(prompts))["prompt"], str):
+        return
     own = inspect.signature(tokenizer.apply_chat_template).parameters
-    template = tokenizer.chat_template
-    for name in args.chat_template_kwargs or {}:
+    template = given.get("chat_template", tokenizer.chat_template)
+    for name in given:
         if isinstance(template, str) and name not in own and name not in template:
-            raise InputError(
-                f"chat_template_kwargs['{name}']: the tokenizer's chat template never reads it; correct or remove it"
-            )
+            raise InputError(f"chat_template_kwargs['{name}']: the chat template never reads it; correct or remove it")
 
 
 def check_first_kl(kl: torch.Tensor) -> None:

@@ -162,9 +162,9 @@ class PPOConfig(RLOOConfig):
         """Log-probs are those of the policy's own distribution, so sampling must not cut it (trl#235)."""
         neutral = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
         set_ = {name: getattr(self, name) for name in neutral} | (self.generation_kwargs or {})
-        allowed = {"temperature", "cache_implementation", "use_cache", "do_sample"}
+        allowed = {"temperature", "max_new_tokens", "max_length", "cache_implementation", "use_cache", "do_sample"}
         for name in ("max_new_tokens", "max_length"):
-            if name in set_:
+            if set_.get(name) not in (None, self.max_completion_length):
                 raise InputError(f"generation_kwargs['{name}']: set max_completion_length; remove it")
         for name, value in set_.items():
             if name in neutral and value not in (neutral[name], None) and not (name == "min_p" and value == 0):

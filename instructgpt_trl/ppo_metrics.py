@@ -109,9 +109,10 @@ class RolloutLog:
     EVALUATION += tuple(f"completions/{of}_{kind}" for kind in ("length", "terminated_length") for of in _OF_LENGTHS)
 
     def _metrics_of_evaluation(self) -> tuple[str, ...] | None:
-        if not all(isinstance(function, ModelReward) for function in self.reward_funcs):
-            return None  # which may have a `log_metric`
-        return (*self.EVALUATION, *(f"rewards/{name}/mean" for name in self.reward_func_names))
+        known = super()._metrics_of_evaluation()
+        if known is None or not all(isinstance(function, ModelReward) for function in self.reward_funcs):
+            return None  # they may have a `log_metric`
+        return (*(f"rewards/{name}/mean" for name in self.reward_func_names), *known)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the parent's, but several evaluation sets have names of their own: `eval_<set>_objective/scores`."""

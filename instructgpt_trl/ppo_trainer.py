@@ -34,8 +34,9 @@ from .models.ema import EMA
 from .models.guards import stop_unless_finite
 from .models.limits import RowLimit, freed_memory_reused
 from .models.loading import (
+    check_end,
     check_positions,
-    check_tokenizer,
+    check_vocabulary,
     context_length,
     float32_adapters,
     fold_last_position,
@@ -162,7 +163,8 @@ class PPOTrainer(PPOUpdate, PPOSampling, RolloutLog, PPOSaving, RLOOTrainer):
                 processing_class = processing_class or tokenizer
                 args.model_init_kwargs, quantization_config = None, None  # used up
             processing_class = processing_class or load_tokenizer(get_config_model_id(model.config))
-            check_tokenizer(model, processing_class, "the policy")
+            check_end(processing_class, "the policy")
+            check_vocabulary(model, processing_class, "the policy")
             new_adapter = copy.deepcopy(peft_config)  # PEFT fills it in
             if isinstance(model, PeftModel) and peft_config is not None:
                 logger.warning("The policy continues its own adapter; peft_config shapes the value adapter only")
@@ -177,7 +179,7 @@ class PPOTrainer(PPOUpdate, PPOSampling, RolloutLog, PPOSaving, RLOOTrainer):
             for config in (peft_config, *own, *(part.config for part in parts)):
                 check_start(config)
             check_generation(args, model)
-            check_template(args, processing_class)
+            check_template(args, processing_class, train_dataset)
             warn_beyond_context(model.config, args.max_prompt_length, args.max_completion_length)
             template = args.chat_template_kwargs or {}
             self._short = partial(
@@ -189,7 +191,8 @@ class PPOTrainer(PPOUpdate, PPOSampling, RolloutLog, PPOSaving, RLOOTrainer):
             for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
                 if isinstance(rows, Dataset):
                     longest = partial(longest_prompt, rows, processing_class, args.max_completion_length, **template)
-                    check_positions(model, longest, f"{name} and max_completion_length={args.max_completion_length}")
+                    what = f"{name} and max_completion_length={args.max_completion_length}"
+                    check_positions(model, longest, what, "it, or max_prompt_length")
 
             beta, args.beta = args.beta, 0.0  # the parent would load its reference from disk; ours copies the policy
             with float32_adapters(model):
@@ -371,9 +374,13 @@ class PPOTrainer(PPOUpdate, PPOSampling, RolloutLog, PPOSaving, RLOOTrainer):
                 file.read()
 
     def _networks(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for network in {id(role.network): role.network for role in self.roles}.values():
+            yield from network.named_parameters()
         for role in self.roles:
-            yield from role.network.named_parameters()
             yield from () if role.head is None else role.head.named_parameters(prefix="score")
+
+    def _has_begun(self) -> bool:
+        return self._step > 0
 
     def _no_batch(self) -> str:
         return too_small(self.args, "fewer prompts")  # of a stream, not known before

@@ -81,7 +81,7 @@ class ExactResume(StartChecks):
                 self.args.eval_on_start = False
             try:
                 output = super().train(folder, *args, **kwargs)
-                if self.state.global_step == 0:
+                if self.state.global_step == 0 and not self._has_begun():
                     raise InputError(self._no_batch())
                 self._stop_unless_weights_finite()
                 return output
@@ -308,12 +308,6 @@ class ExactResume(StartChecks):
                 raise InputError(f"{folder / MANIFEST}: {name} is missing or no fact; go on from another checkpoint")
         if then["trainer"] != now["trainer"]:
             raise InputError(f"{folder}: a checkpoint of {then['trainer']}, not of {now['trainer']}; give its own")
-        optimizers = [settings.get("optim") for settings in (then["settings"], now["settings"])]
-        if optimizers[0] not in (None, optimizers[1]):
-            raise InputError(
-                f"{folder}: of the optimizer {optimizers[0]}, with whose state {optimizers[1]} cannot go on; set "
-                f"optim to {optimizers[0]}"
-            )
         if not isinstance(then.get("model"), dict):
             then["model"] = now["model"]
         groups = {"settings": "settings", "versions": "versions", "data": "other rows in", "model": "the model's"}
@@ -334,8 +328,11 @@ def _plain(value: Any) -> Any:
 
 
 def _check_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Raise `ValueError` unless an optimizer's tensors have their weights' shapes, past which it would write."""
+    """Raise `ValueError` unless a state is of this optimizer, and of its weights' shapes: it would write past them."""
     inner = getattr(optimizer, "optimizer", optimizer)
+    missing = sorted(inner.defaults.keys() - inner.param_groups[0].keys())
+    if missing:
+        raise ValueError(f"of another optimizer than {type(inner).__name__}, which has {missing[0]}; set its optim")
     for parameter, state in inner.state.items():
         for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"):
             moment = state.get(name)

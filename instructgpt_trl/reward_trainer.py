@@ -23,7 +23,7 @@ from .models.guards import stop_unless_finite, stop_unless_gradients_finite
 from .models.limits import freed_memory_reused
 from .models.loading import (
     check_positions,
-    check_tokenizer,
+    check_vocabulary,
     float32_adapters,
     is_adapter,
     keep_gradients,
@@ -133,8 +133,8 @@ class RewardTrainer(ExactResume, trl.RewardTrainer):
                 processing_class = processing_class or _tokenizer_of(model, args)
                 model = _load(model, processing_class, args, quantization_config)
                 args.model_init_kwargs, quantization_config = None, None  # used; the parent would call them ignored
-            if processing_class is not None:
-                check_tokenizer(model, processing_class, "model")
+            if processing_class is not None and not (args.eos_token or args.chat_template_path):
+                check_vocabulary(model, processing_class, "model")
             pool_by_length(model)
             head = {name: tensor.detach().clone() for name, tensor in head_of(model).state_dict().items()}
             with float32_adapters(model):
@@ -157,7 +157,7 @@ class RewardTrainer(ExactResume, trl.RewardTrainer):
         check_named(self.model)
         for name, rows in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
             if isinstance(rows, Dataset):
-                check_positions(self.model, partial(_longest, rows), name)
+                check_positions(self.model, partial(_longest, rows), name, "max_length")
         keep_gradients(self.model)
         fuse_lora(self.model)
         _keep_float32(self.model, head)

@@ -36,8 +36,9 @@ from .models.folders import load_whole, loading
 from .models.guards import stop_unless_finite, stop_unless_gradients_finite
 from .models.limits import freed_memory_reused
 from .models.loading import (
+    check_end,
     check_positions,
-    check_tokenizer,
+    check_vocabulary,
     context_length,
     float32_adapters,
     is_adapter,
@@ -96,7 +97,7 @@ class SFTTrainer(ScoredEvaluation, trl.SFTTrainer):
         known for.
     """
 
-    EVALUATION = ("loss", "rm_score", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss")
+    EVALUATION = ("loss", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss")  # and the score, as below
 
     def __init__(
         self,
@@ -139,8 +140,11 @@ class SFTTrainer(ScoredEvaluation, trl.SFTTrainer):
                 model, own = load(model, **_model_init_kwargs(args, quantization_config))
                 processing_class = own if processing_class is None else processing_class
                 args.model_init_kwargs, quantization_config = None, None  # used; the parent would call them ignored
-            if isinstance(processing_class, PreTrainedTokenizerBase) and args.eos_token is None:
-                check_tokenizer(model, processing_class, "model")
+            as_it_is = not (args.eos_token or args.chat_template_path)  # which change it
+            if isinstance(processing_class, PreTrainedTokenizerBase) and as_it_is:
+                check_vocabulary(model, processing_class, "model")
+                if train_dataset is not None and {"prompt", "completion"} <= columns_of(train_dataset):
+                    check_end(processing_class, "model")
             self.reward_model = as_reward_model(reward_model)
             # Read by `_prepare_dataset`, which the parent's constructor calls
             self._mix_into = None if pretraining_dataset is None else train_dataset
@@ -175,7 +179,7 @@ class SFTTrainer(ScoredEvaluation, trl.SFTTrainer):
             raise InputError("trainable_token_indices: TRL's loss does not read such an LM head; use modules_to_save")
         for name, rows in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
             if isinstance(rows, Dataset) and "input_ids" in rows.column_names and not args.packing:
-                check_positions(self.model, partial(_longest, rows), name)
+                check_positions(self.model, partial(_longest, rows), name, "max_length")
         keep_gradients(self.model)
         fuse_lora(self.model)
         if args.residual_dropout:

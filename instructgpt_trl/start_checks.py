@@ -9,6 +9,8 @@ from transformers import IntervalStrategy
 from .data import InputError
 from .models.guards import first_not_finite
 
+SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
+
 
 class StartChecks:
     """The part of all three trainers that looks before the first step."""
@@ -35,12 +37,18 @@ class StartChecks:
         """All weights that the training begins with."""
         return self.model.named_parameters()
 
+    def _has_begun(self) -> bool:
+        """Whether there was a micro-batch."""
+        return self._counted[0] >= 0
+
     def _no_batch(self) -> str:
         return "train_dataset gave no batch, so that nothing was learned; give it rows"
 
     def _metrics_of_evaluation(self) -> tuple[str, ...] | None:
-        """Without `eval_`; none where a function of the user's adds to them."""
-        return None if self.compute_metrics is not None else self.EVALUATION
+        """Without `eval_`; none where something of the user's may add to them."""
+        added = [type(self), *map(type, self.callback_handler.callbacks)]
+        own = all(one.__module__.split(".")[0] in ("transformers", "trl", __package__) for one in added)
+        return (*self.EVALUATION, *SPEEDS) if own and self.compute_metrics is None else None
 
     def _check_best_metric(self) -> None:
         """What the parent finds out at the first evaluation."""
@@ -52,5 +60,5 @@ class StartChecks:
         if f"eval_{best.removeprefix('eval_')}" not in known:
             raise InputError(
                 f"metric_for_best_model={best!r}: no evaluation of this run logs it; expected one of "
-                f"{', '.join(known)}"
+                f"{', '.join(known[: -len(SPEEDS)])}"
             )

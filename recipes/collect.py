@@ -12,8 +12,8 @@ and `--config` count as in sft.py.
 
 import hashlib
 import json
-import math
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +33,7 @@ from instructgpt_trl.data import (
     load_rows,
     write_rows,
 )
+from instructgpt_trl.models.loading import check_positions
 from instructgpt_trl.ranges import COUNT, SEED, Range, check_ranges
 
 Row = dict[str, Any]
@@ -76,20 +77,25 @@ class Sampler:
         self.model, self.tokenizer, self.args = model.eval(), tokenizer, args
 
     def check_lengths(self, prompts: list[Any], name: str) -> None:
-        """Raise [`InputError`] if a prompt and its completion may be longer than the policy's context."""
+        """
+        Raise [`InputError`] if a prompt has no tokens, or goes past learned positions with its completion; of others
+        that go past the context it is said how many.
+        """
         lengths = [len(encode_prompt(self.tokenizer, prompt)) for prompt in prompts]
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
         if 0 in lengths:
             raise InputError(
                 f"{self.args.dataset}, row {lengths.index(0)}: the prompt has no tokens; fill it in, or correct "
                 f"the chat template of {name}"
             )
-        wrong = [place for place, length in enumerate(lengths) if length + self.args.max_new_tokens > context]
-        if wrong:
-            raise InputError(
-                f"{self.args.dataset}: {len(wrong)} of {len(prompts)} prompts are over the {context} tokens of {name} "
-                f"with max_new_tokens={self.args.max_new_tokens} behind them, the first in row {wrong[0]} with "
-                f"{lengths[wrong[0]]}; lower max_new_tokens, or leave these prompts out"
+        most = max(lengths) + self.args.max_new_tokens
+        check_positions(self.model, lambda: most, f"{self.args.dataset} in {name}", "max_new_tokens")
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or most
+        long = sum(length + self.args.max_new_tokens > context for length in lengths)
+        if long:
+            print(
+                f"{long} of {len(prompts)} prompts go past the {context} tokens that {name} has learned, with "
+                f"max_new_tokens={self.args.max_new_tokens} behind them",
+                file=sys.stderr,
             )
 
     def draw(self, prompts: list[Any], each: int, seed: int) -> list[list[str]]:

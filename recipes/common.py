@@ -73,7 +73,7 @@ def _check_output(args: DataArguments, config: TrainingArguments, model: ModelCo
     read = {"model_name_or_path": model.model_name_or_path, "reward_model": getattr(args, "reward_model", None)}
     bases = {f"the base of {name}": base_of(path) for name, path in read.items() if path}
     for name, path in {**read, **bases}.items():
-        if path and os.path.realpath(path) == output:
+        if path and Path(path).exists() and os.path.realpath(path) == output:
             raise InputError(f"output_dir={config.output_dir}: is {name}, which would be lost; give another folder")
     if (Path(output) / "reward_model.json").is_file() and not isinstance(config, RewardConfig):
         raise InputError(f"output_dir={config.output_dir}: holds a reward model; give another folder")
@@ -126,9 +126,13 @@ def load_model(args: ModelArguments, model: ModelConfig) -> tuple[PreTrainedMode
     name = model.model_name_or_path
     if (Path(name) / "reward_model.json").is_file():
         raise InputError(f"{name} is a reward model, which generates nothing; give a policy")
+    adapter = Path(name) / "adapter_config.json"
+    if adapter.is_file() and PeftConfig.from_pretrained(name).task_type == "SEQ_CLS":
+        raise InputError(f"{name} is an adapter of a classifier, which generates nothing; give a policy")
     quantization = get_quantization_config(model)
     return load_policy(
         name,
+        trainable=False,
         revision=model.model_revision,
         trust_remote_code=args.trust_remote_code,
         dtype=model.dtype,

@@ -33,7 +33,6 @@ SCORES, STD = "objective/scores", "objective/scores_std"
 SERIES = [
     ("KL", {KL: [1, 2, 20.1], LENGTH: 20.0}, {KL: [1, 2, 20.0], LENGTH: 20.0}),
     ("KL jump", {KL: [1.0] * 10 + [5.1], LENGTH: 20.0}, {KL: [1.0] * 10 + [5.0], LENGTH: 20.0}),
-    ("KL jump", {KL: [0.1] * 3 + [2.1], LENGTH: 20.0}, {KL: [0.1] * 2 + [2.1], LENGTH: 20.0}),
     ("KL jump", {KL: [0.1] * 10 + [2.1], LENGTH: 20.0}, {KL: [0.1] * 10 + [2.0], LENGTH: 20.0}),
     (
         "entropy",

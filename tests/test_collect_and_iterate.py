@@ -132,7 +132,6 @@ def test_conversations(base_dir, prompts, tmp_path):
         (["--temperature", "inf"], "temperature=inf"),
         (["--num_prompts", "0"], "num_prompts=0"),
         (["--seed", "-1"], "seed=-1"),
-        (["--max_new_tokens", "300"], "5 of 5 prompts are over the 256 tokens of .* the first in row 0 with 10;"),
         (["--attn_implementation", "nosuch"], "nosuch"),
         (["--output", "tasks.csv"], "ends with .jsonl"),
         (["--policies", "nowhere"], "nowhere: no such folder"),
@@ -143,6 +142,14 @@ def test_wrong_settings_of_collect(base_dir, prompts, tmp_path, flags, message):
     with pytest.raises(InputError, match=message):
         collect.main(["--policies", base_dir, "--dataset", prompts, "--output", str(tmp_path / "t.jsonl"), *flags])
     assert not list(tmp_path.glob("t.jsonl*"))  # nor what was drawn so far, since nothing was
+
+
+def test_prompts_that_go_past_the_context(base_dir, gpt2_dir, prompts, tmp_path, capsys):
+    flags = ["--dataset", prompts, "--output", str(tmp_path / "t.jsonl"), "--max_new_tokens", "300"]
+    with pytest.raises(InputError, match="310 tokens, and the model has positions for .*; lower max_new_tokens"):
+        collect.main(["--policies", gpt2_dir, *flags])
+    collect.main(["--policies", base_dir, *flags, "--num_prompts", "1"])
+    assert "1 of 1 prompts go past the 256 tokens" in capsys.readouterr().err
 
 
 # The loop

@@ -47,6 +47,8 @@ def test_columns_of_encoded_rows_are_not_mixed_with_text(column):
     rows = Dataset.from_list([{"prompt": "p", "completion": "c", column: [1, 2]}])
     with pytest.raises(InputError, match=f"train_dataset: the column '{column}' beside prompt and completion"):
         check_demonstrations(rows, "train_dataset")
+    prepared = Dataset.from_list([{"prompt": "p", "completion": "c", "input_ids": [1, 2], "labels": [-100, 2]}])
+    assert check_demonstrations(prepared, "train_dataset") is prepared  # by TRL
 
 
 def test_another_text_column_passes():

@@ -4,10 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import make_tokenizer
+from datasets import Dataset
 from trl import RLOOConfig, TrlParser
 
 from instructgpt_trl import PPOConfig
 from instructgpt_trl.data import InputError
+from instructgpt_trl.ppo_checks import check_template
 
 # New fields and changed defaults, each with its source in paper.md
 DEFAULTS = {
@@ -184,3 +187,15 @@ def test_command_line():
     (args,) = TrlParser((PPOConfig,)).parse_args_and_config(flags.split())
     assert (args.kl_target, args.missing_eos_score, args.max_prompt_length, args.ptx_max_length) == (6.0, -1.0, 12, 33)
     assert args.beta == 0.1 and args.num_generations == 1
+
+
+def test_a_variable_that_the_chat_template_never_reads_is_refused():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% if enable_thinking %}hm{% endif %}{{ messages }}"
+    talk = Dataset.from_list([{"prompt": [{"role": "user", "content": "hi"}]}])
+    given = {"enable_thinking": False, "add_generation_prompt": True}
+    check_template(PPOConfig("x", chat_template_kwargs=given), tokenizer, talk)
+    misspelt = PPOConfig("x", chat_template_kwargs={"enable_thinkng": False})
+    with pytest.raises(InputError, match="enable_thinkng"):
+        check_template(misspelt, tokenizer, talk)
+    check_template(misspelt, tokenizer, Dataset.from_list([{"prompt": "hi"}]))  # plain text has no template

@@ -95,7 +95,7 @@ def test_pitfall_16_a_wrong_ranking_is_named(row, message):
         check_rankings(Dataset.from_list([good, row]), "rows")
 
 
-@pytest.mark.parametrize("column", ["prompt_ids", "completions_ids", "chosen_ids"])
+@pytest.mark.parametrize("column", ["completions_ids", "chosen_ids"])
 def test_columns_of_encoded_rankings_are_not_mixed_with_text(column):
     rows = Dataset.from_list([{"prompt": "p", "chosen": "a", "rejected": "b", column: [1]}])
     with pytest.raises(InputError, match=f"rows: the column '{column}' is of encoded rankings"):
@@ -108,8 +108,10 @@ def test_a_template_that_leaves_the_answers_out_is_refused():
     tokenizer.chat_template = f"{{% for m in messages %}}{known}{{% endfor %}}"
     answers = [[{"role": "gpt", "content": text}] for text in ("yes", "no")]
     row = {"prompt": [{"role": "user", "content": "hi"}], "completions": answers, "ranks": [1, 2]}
-    with pytest.raises(InputError, match="rows, row 0: all completions become the same token ids"):
+    with pytest.raises(InputError, match="rows: in every ranking all completions are the same token ids"):
         prepare_rankings(Dataset.from_list([row]), tokenizer, None, "rows")
+    answered = {**row, "completions": [[{"role": "assistant", "content": text}] for text in ("yes", "no")]}
+    assert len(prepare_rankings(Dataset.from_list([row, answered]), tokenizer, None, "rows")) == 2
 
 
 def test_margin_is_refused():

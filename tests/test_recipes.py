@@ -313,8 +313,10 @@ def without_eos(folder: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token": None}))
 
 
-def with_a_token_more(folder: Path) -> None:
-    make_tokenizer(extra=("<new>",)).save_pretrained(folder)
+def with_a_new_pad_token(folder: Path) -> None:
+    tokenizer = make_tokenizer(extra=("<new>",))
+    tokenizer.pad_token = "<new>"
+    tokenizer.save_pretrained(folder)
 
 
 def with_nan(folder: Path) -> None:
@@ -333,7 +335,7 @@ def of_text_ends(folder: Path) -> None:
     ("change", "message"),
     [
         (without_eos, "no EOS token"),
-        (with_a_token_more, "its tokenizer has the token '<new>' with id 258, and the model 258 embeddings"),
+        (with_a_new_pad_token, "its pad_token has the id 258, and the model 258 embeddings"),
         (with_nan, "model.norm.weight is NaN or infinite before the first step"),
         (of_text_ends, "eos_token_id='x': expected whole numbers"),
     ],
@@ -364,7 +366,7 @@ def test_texts_beyond_learned_positions(name, gpt2_dir, reward_dir, tmp_path, ca
     argv = ["--model_name_or_path", gpt2_dir, "--dataset", file, "--output_dir", tmp_path / "out", *TINY]
     argv += ["--reward_model", reward_dir, "--max_completion_length", "6"] if name == "ppo_ptx" else []
     line = refused(MAIN[name], argv, capsys, monkeypatch)
-    assert re.search(r"train_dataset.*: 50\d tokens, and the model has positions for \d+; lower the lengths", line)
+    assert re.search(r"train_dataset.*: 50\d tokens, and the model has positions for \d+; lower .*length", line)
 
 
 @pytest.mark.parametrize("name", ["model_name_or_path", "reward_model", "the base of model_name_or_path"])

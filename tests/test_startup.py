@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from faults.stages import World
 from ppo_helpers import config, lora, mean_id
+from transformers import TrainerCallback
 
 from instructgpt_trl import PPOTrainer, RewardConfig, RewardModel, RewardTrainer
 from instructgpt_trl.data import InputError
@@ -177,9 +178,9 @@ def test_a_best_metric_is_one_that_an_evaluation_logs(world, tmp_path, stage):
     if stage == "sft":
         trainer.reward_model, trainer._score_prompts = Longest(), [("a", [1, 2])]
     before = {name.removeprefix("eval_") for name in trainer.evaluate()}
-    others = {"runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch"}
-    may = {*trainer._metrics_of_evaluation()} - {"aux_loss"}  # of a mixture of experts
-    assert before - others == may
+    may = {*trainer._metrics_of_evaluation()} - {"aux_loss"} | {"epoch", "model_preparation_time"}  # MoE's; Trainer's
+    may |= {"rm_score"} if stage == "sft" else set()
+    assert before == may
     with pytest.raises(InputError, match="metric_for_best_model='nosuch': no evaluation of this run logs it"):
         trainer.train()
     assert not (tmp_path / "run" / "checkpoint-1").exists()
@@ -197,6 +198,15 @@ def test_metrics_of_the_users_own_may_be_the_best(world, tmp_path):
 
     settings = dict(eval_steps=1, save_steps=1, metric_for_best_model="own", load_best_model_at_end=False, max_steps=1)
     trainer = world.trainer("ppo", "lora", tmp_path / "run", **settings)
-    assert "own" not in trainer._metrics_of_evaluation()
-    trainer.reward_funcs = [length]
+    with pytest.raises(InputError, match="metric_for_best_model='own'"):
+        trainer._check_best_metric()
+    functions, trainer.reward_funcs = trainer.reward_funcs, [length]
     trainer._check_best_metric()
+    trainer.reward_funcs = functions
+    trainer.add_callback(Judge())
+    trainer._check_best_metric()
+
+
+class Judge(TrainerCallback):
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        metrics["eval_own"] = 1.0

@@ -10,7 +10,7 @@ from .formats import InputError, check_rows, listed
 OTHER_FORMS = {"input_ids", "messages", "conversations"}
 IMAGES = {"image", "images"}
 # Columns of rows that are encoded
-RESERVED = {"input_ids", "labels", "completion_mask", "assistant_masks", "seq_lengths", "position_ids"}
+RESERVED = {"input_ids", "labels", "completion_mask", "assistant_masks"}
 
 
 def columns_of(dataset: Dataset | IterableDataset) -> set[str]:
@@ -35,7 +35,8 @@ def check_demonstrations(
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise InputError(f"{name}: no rows; expected demonstrations (columns prompt, completion); add some")
     columns = columns_of(dataset)
-    taken = sorted(columns & RESERVED) if {"prompt", "completion"} <= columns else []
+    encoded = "input_ids" in columns and columns & RESERVED - {"input_ids"}  # by TRL, which keeps the text
+    taken = sorted(columns & RESERVED) if {"prompt", "completion"} <= columns and not encoded else []
     if taken:
         raise InputError(
             f"{name}: the column '{taken[0]}' beside prompt and completion would be taken for token ids, or theirs; "

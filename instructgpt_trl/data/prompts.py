@@ -47,7 +47,7 @@ _USE_CASES = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in USE_
 def check_raw_prompt(row: Any, where: str) -> dict[str, Any]:
     """
     Check a row of raw prompts: `prompt`, or `instruction` and `examples` for a labeler's few-shot prompt; if they
-    are there, `user_id` is text or a whole number, `category` and `source` are text.
+    are there, `user_id` and `source` are text or whole numbers, `category` is text.
 
     Raises:
         [`InputError`]: what is wrong with the row, what was expected and the fix.
@@ -62,8 +62,8 @@ def check_raw_prompt(row: Any, where: str) -> dict[str, Any]:
         raise InputError(
             f"{where}, column 'user_id': expected text or a whole number, got {user!r}; correct it, or leave it out"
         )
-    for name in ("category", "source"):
-        if row.get(name) is not None and not isinstance(row[name], str):
+    for name, kinds in (("category", str), ("source", str | int)):
+        if row.get(name) is not None and not isinstance(row[name], kinds):
             raise InputError(f"{where}, column '{name}': expected text, got {row[name]!r}; correct it")
     return row
 

@@ -130,7 +130,7 @@ def check_rankings(dataset: Dataset | IterableDataset, source: str = "dataset") 
         )
     if is_encoded(dataset):
         return dataset
-    taken = sorted(_columns(dataset) & {*ENCODED[:2], *PAIRS})
+    taken = sorted(_columns(dataset) & {"completions_ids", "chosen_ids"})
     if taken:
         raise InputError(f"{source}: the column '{taken[0]}' is of encoded rankings; rename or remove it")
     return check_rows(dataset, "ranking", source)
@@ -186,6 +186,11 @@ def prepare_rankings(
         num_proc=num_proc,
         desc=f"Tokenizing {source} rankings",
     )
+    if len(rows) and all(len(set(map(tuple, texts))) == 1 for texts in rows["completions_ids"]):
+        raise InputError(
+            f"{source}: in every ranking all completions are the same token ids, so that nothing can be learned: the "
+            f"chat template leaves them out, or their texts are alike; correct it, or the roles of the messages"
+        )
     names = by_prompt(dataset["prompt"]) if "prompt" in dataset.column_names else str
     removed, fates = rows["removed"], [_fate(ranks) for ranks in rows["ranks"]]
     kept = [index for index, fate in enumerate(fates) if fate is None]
@@ -224,11 +229,6 @@ def _encode(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str
         template["tools"] = parse_json(row["tools"], "tools") if isinstance(row["tools"], str) else row["tools"]
     prompt = row["prompt"]
     completions = [encode_completion(tokenizer, prompt, text, **template) for text in row["completions"]]
-    if len({tuple(ids) for ids in completions}) == 1 < len({str(text) for text in row["completions"]}):
-        raise InputError(
-            "all completions become the same token ids, though their texts differ: the chat template leaves them out; "
-            "correct it, or the roles of the messages"
-        )
     return {
         "prompt_ids": encode_prompt(tokenizer, prompt, **template),
         "completions_ids": completions,

@@ -32,8 +32,9 @@ def stop_unless_finite(tensor: torch.Tensor, what: str, step: int, hint: str) ->
 
 
 def first_not_finite(named: Iterable[tuple[str, torch.Tensor | None]]) -> str | None:
-    """Name of the first tensor with NaN or infinity in it, if there is one."""
-    return next((name for name, x in named if x is not None and not torch.isfinite(x).all()), None)
+    """Name of the first tensor with NaN or infinity in it, if there is one; of a byte an element none is looked at."""
+    found = ((name, x) for name, x in named if x is not None and x.dtype.itemsize > 1)
+    return next((name for name, x in found if not torch.isfinite(x).all()), None)
 
 
 def stop_unless_gradients_finite(model: nn.Module, step: int, hint: str) -> None:

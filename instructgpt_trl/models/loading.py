@@ -26,7 +26,7 @@ from .._trl import preserved_rng
 from ..data import InputError
 from .folders import adapter_base, check_folder, check_weights, load_whole
 
-__all__ = ["load_policy"]
+__all__ = ["check_positions", "load_policy"]
 
 logger = logging.get_logger(__name__)
 
@@ -97,7 +97,7 @@ def context_length(config: PreTrainedConfig) -> int | None:
 def warn_beyond_context(config: PreTrainedConfig, prompt: int | None, completion: int) -> None:
     """
     Warn if a prompt and a completion of these lengths exceed the context. Rotary positions go on past it, worse and
-    worse; learned ones end there with an IndexError.
+    worse; of learned ones see [`check_positions`].
     """
     context = context_length(config)
     if context is not None and (prompt or 0) + completion > context:
@@ -107,22 +107,36 @@ def warn_beyond_context(config: PreTrainedConfig, prompt: int | None, completion
         )
 
 
-def check_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raise [`InputError`] if a tokenizer has no end of a text, or tokens that a model has no embeddings of."""
+def check_end(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise [`InputError`] if a tokenizer has no token at which a completion ends."""
     if tokenizer.eos_token_id is None:
         raise InputError(f"{name}: its tokenizer has no EOS token, at which a completion ends; set eos_token in it")
+
+
+def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """
+    Raise [`InputError`] if a model has no embedding of a token that is always there; of one that may never be (some
+    published tokenizers have an image's) it is said.
+    """
     words = model.get_input_embeddings()
-    rows = len(getattr(words, "original_module", words).weight)  # PEFT's wrapper of single tokens
-    last = max(tokenizer.get_vocab().values())
-    if last >= rows:
-        token = tokenizer.convert_ids_to_tokens(last)
-        raise InputError(
-            f"{name}: its tokenizer has the token {token!r} with id {last}, and the model {rows} embeddings; call "
-            f"model.resize_token_embeddings(len(tokenizer)) and save both again"
-        )
+    weight = getattr(getattr(words, "original_module", words), "weight", None)  # PEFT's wrapper of single tokens
+    last = max(tokenizer.get_vocab().values(), default=0)
+    if weight is None or last < len(weight):
+        return
+    always = {token: getattr(tokenizer, f"{token}_id") for token in ("pad_token", "eos_token", "bos_token")}
+    beyond = [token for token, id in always.items() if id is not None and id >= len(weight)]
+    hint = "call model.resize_token_embeddings(len(tokenizer)) and save both again"
+    if beyond:
+        has = f"its {beyond[0]} has the id {always[beyond[0]]}, and the model {len(weight)} embeddings"
+        raise InputError(f"{name}: {has}; {hint}")
+    token = tokenizer.convert_ids_to_tokens(last)
+    logger.warning(
+        f"{name}: its tokenizer has the token {token!r} with id {last}, and the model {len(weight)} embeddings; if it "
+        f"occurs, {hint}"
+    )
 
 
-def check_positions(model: nn.Module, longest: Callable[[], int], what: str) -> None:
+def check_positions(model: nn.Module, longest: Callable[[], int], what: str, setting: str) -> None:
     """
     Raise [`InputError`] if the longest sequence, in tokens, goes past a table of learned positions, where there is
     one. Other positions go on, worse and worse.
@@ -132,7 +146,7 @@ def check_positions(model: nn.Module, longest: Callable[[], int], what: str) -> 
     tables = [one for one in model.modules() if isinstance(one, nn.Embedding) and id(one) not in own]
     # OPT's has two more
     if context and any(0 <= one.num_embeddings - context <= 2 for one in tables) and (most := longest()) > context:
-        raise InputError(f"{what}: {most} tokens, and the model has positions for {context}; lower the lengths")
+        raise InputError(f"{what}: {most} tokens, and the model has positions for {context}; lower {setting}")
 
 
 def load_tokenizer(path: str, base: str | None = None, **kwargs) -> PreTrainedTokenizerBase:
@@ -191,13 +205,16 @@ def does_not_fit(path: str, error: Exception) -> InputError:
     return InputError(f"{path}: the adapter does not fit its base: {' '.join(str(error).split())[:300]}")
 
 
-def load_policy(path: str, **model_init_kwargs) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+def load_policy(
+    path: str, trainable: bool = True, **model_init_kwargs
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """
     A causal language model and its tokenizer from a full model (folder or hub id) or from an adapter folder, whose
     base is found from the adapter's config and whose weights are trained on.
 
     Args:
         path (`str`): folder or hub id.
+        trainable (`bool`): whether an adapter is to be trained on.
         model_init_kwargs: passed to `from_pretrained` of the base; float32 unless `dtype` says otherwise.
 
     Raises:
@@ -217,12 +234,12 @@ def load_policy(path: str, **model_init_kwargs) -> tuple[PreTrainedModel | PeftM
     tokenizer = load_tokenizer(path, base, **kwargs)
     keep_gradients(model)
     if adapter:
-        model = _with_adapter(model, path, tokenizer)
-    check_tokenizer(model, tokenizer, path)
+        model = _with_adapter(model, path, tokenizer, trainable)
+    check_vocabulary(model, tokenizer, path)
     return model, tokenizer
 
 
-def _with_adapter(model: PreTrainedModel, path: str, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
+def _with_adapter(model: PreTrainedModel, path: str, tokenizer: PreTrainedTokenizerBase, trainable: bool) -> PeftModel:
     shapes = adapter_shapes(path)
     if not shapes and Path(path).is_dir():
         raise InputError(f"{path}: no adapter_model.safetensors in it; save the adapter with PEFT's save_pretrained")
@@ -230,7 +247,7 @@ def _with_adapter(model: PreTrainedModel, path: str, tokenizer: PreTrainedTokeni
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
-            network = PeftModel.from_pretrained(model, path, is_trainable=True)
+            network = PeftModel.from_pretrained(model, path, is_trainable=trainable)
     except (KeyError, RuntimeError) as error:
         raise does_not_fit(path, error) from None
     except NoMatchingPeftModuleError as error:

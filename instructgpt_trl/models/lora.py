@@ -38,8 +38,9 @@ def check_named(network: nn.Module) -> None:
         model = network.get_base_model()
         modules = [name for name, _ in model.named_modules()]
         parameters = getattr(network.base_model, "targeted_parameter_names", [])
+        saved = {*(getattr(config, "modules_to_save", None) or ())} - {"classifier", "score"}  # which PEFT adds
         asked = {
-            "modules_to_save": (modules, {*(config.modules_to_save or ())} - {"classifier", "score"}),  # PEFT's own
+            "modules_to_save": (modules, saved),
             "target_parameters": (parameters, getattr(config, "target_parameters", None) or ()),
         }
         for field, (there, names) in asked.items():
