@@ -289,9 +289,10 @@ class ExactResume(StartChecks):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with loading(f"optimizer and scheduler in {checkpoint}"):
+            settings = set() if self.optimizer is None else {*self.optimizer.param_groups[0]}
             super()._load_optimizer_and_scheduler(checkpoint)
             if checkpoint is not None and self.optimizer is not None:
-                _check_moments(self.optimizer)
+                _check_moments(self.optimizer, settings)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with loading(f"the random states in {checkpoint}"):
@@ -327,10 +328,10 @@ def _plain(value: Any) -> Any:
     return sorted(map(str, value)) if isinstance(value, set) else json.loads(json.dumps(value, default=str))
 
 
-def _check_moments(optimizer: torch.optim.Optimizer) -> None:
+def _check_moments(optimizer: torch.optim.Optimizer, settings: set[str]) -> None:
     """Raise `ValueError` unless a state is of this optimizer, and of its weights' shapes: it would write past them."""
     inner = getattr(optimizer, "optimizer", optimizer)
-    missing = sorted(inner.defaults.keys() - inner.param_groups[0].keys())
+    missing = sorted(settings - inner.param_groups[0].keys())  # of those before it was loaded
     if missing:
         raise ValueError(f"of another optimizer than {type(inner).__name__}, which has {missing[0]}; set its optim")
     for parameter, state in inner.state.items():

@@ -415,6 +415,16 @@ def test_another_optimizer_is_refused(world, run):
         trainer.train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize(("then", "now"), [("adamw_torch", "adamw_torch_fused"), ("adamw_8bit", "paged_adamw_8bit")])
+def test_another_name_of_the_optimizer_goes_on(world, tmp_path, warnings_of, then, now):
+    if "8bit" in then:
+        pytest.importorskip("bitsandbytes")
+    world.trainer("sft", "lora", tmp_path, optim=then, max_steps=1, load_best_model_at_end=False).train()
+    trainer = world.trainer("sft", "lora", tmp_path, optim=now, max_steps=2, load_best_model_at_end=False)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2 and f"optim {now} and not {then}" in warnings_of()
+
+
 def test_a_new_generator_state_makes_no_other_base(world, tmp_path, warnings_of):
     """The head beside which a copy is trained is drawn at random, and not used."""
     args = RewardConfig(str(tmp_path), max_steps=2, save_steps=1, report_to="none", gradient_checkpointing=False)
