@@ -48,13 +48,19 @@ MOMENTS = {
 }
 
 
+def kinds_of(kind: type) -> list[type]:
+    """A class and all below it."""
+    return [kind, *(one for below in kind.__subclasses__() for one in kinds_of(below))]
+
+
 def in_a_child(work: Callable[[], None], log: Path) -> int:
     """Fork, do `work`, exit; what it prints goes to `log`. The id of the process."""
     sys.stdout.flush()
     child = os.fork()
     if child:
         return child
-    tqdm.set_lock(threading.RLock())  # its own is shared, and stays locked by who is killed with it
+    for kind in kinds_of(tqdm):  # their own lock is shared, and stays locked by who is killed with it
+        kind.set_lock(threading.RLock())
     try:
         with log.open("a") as file:
             os.dup2(file.fileno(), 1)
