@@ -33,7 +33,7 @@ from instructgpt_trl.data import (
     load_rows,
     write_rows,
 )
-from instructgpt_trl.models.loading import check_positions
+from instructgpt_trl.models.loading import check_positions, context_length
 from instructgpt_trl.ranges import COUNT, SEED, Range, check_ranges
 
 Row = dict[str, Any]
@@ -89,7 +89,7 @@ class Sampler:
             )
         most = max(lengths) + self.args.max_new_tokens
         check_positions(self.model, lambda: most, f"{self.args.dataset} in {name}", "max_new_tokens")
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or most
+        context = context_length(self.model.config) or most
         long = sum(length + self.args.max_new_tokens > context for length in lengths)
         if long:
             print(

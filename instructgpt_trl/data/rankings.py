@@ -228,10 +228,9 @@ def _encode(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str
     if row.get("tools") is not None:
         template["tools"] = parse_json(row["tools"], "tools") if isinstance(row["tools"], str) else row["tools"]
     prompt = row["prompt"]
-    completions = [encode_completion(tokenizer, prompt, text, **template) for text in row["completions"]]
     return {
         "prompt_ids": encode_prompt(tokenizer, prompt, **template),
-        "completions_ids": completions,
+        "completions_ids": [encode_completion(tokenizer, prompt, text, **template) for text in row["completions"]],
         "ranks": [int(rank) for rank in row["ranks"]],
         "shortened": 0,
     }

@@ -46,13 +46,10 @@ def check_folder(path: str) -> None:
         [`InputError`]: the file and what is wrong with it.
     """
     folder = Path(path)
-    for name in OBJECTS:
-        if (folder / name).is_file():
-            read_object(folder / name)
-    generation = folder / "generation_config.json"
-    ends = read_object(generation).get("eos_token_id") if generation.is_file() else None
+    objects = {name: read_object(folder / name) for name in OBJECTS if (folder / name).is_file()}
+    ends = objects.get("generation_config.json", {}).get("eos_token_id")
     if not all(end is None or type(end) is int for end in (ends if isinstance(ends, list) else [ends])):
-        raise InputError(f"{generation}: eos_token_id={ends!r}: expected whole numbers; correct it")
+        raise InputError(f"{folder}/generation_config.json: eos_token_id={ends!r}: expected whole numbers; correct it")
     for file in sorted(folder.glob("*.safetensors")):
         check_weights(file)
     if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():

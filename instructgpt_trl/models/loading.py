@@ -26,7 +26,7 @@ from .._trl import preserved_rng
 from ..data import InputError
 from .folders import adapter_base, check_folder, check_weights, load_whole
 
-__all__ = ["check_positions", "load_policy"]
+__all__ = ["check_positions", "context_length", "load_policy"]
 
 logger = logging.get_logger(__name__)
 

@@ -46,9 +46,7 @@ def check_named(network: nn.Module) -> None:
         for field, (there, names) in asked.items():
             for name in sorted(names):
                 if not any(one.endswith(name) for one in there):
-                    raise InputError(
-                        f"{field}: '{name}' is nowhere in {type(network.get_base_model()).__name__}; correct it"
-                    )
+                    raise InputError(f"{field}: '{name}' is nowhere in {type(model).__name__}; correct it")
 
 
 def fuse_lora(network: nn.Module) -> None:
